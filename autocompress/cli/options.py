@@ -1,0 +1,80 @@
+"""Options that several verbs share, and the request that ``compress`` and ``submit`` make of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autocompress.errors import UsageError
+from autocompress.results import METHOD_FAMILIES, Request
+
+if TYPE_CHECKING:
+    from autocompress.service.store import JobStore
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+Store = Annotated[
+    str | None,
+    typer.Option("--store", metavar="FILE", help="The job store; default: AUTOCOMPRESS_STORE, else the user's own."),
+]
+TaskSpec = Annotated[
+    str,
+    typer.Argument(help="digits, cifar10:resnet20, path/to/file.py:factory or package.module:factory."),
+]
+JobName = Annotated[str, typer.Argument(help="A job's id or the start of it, or the folder of a run.")]
+Budgets = Annotated[
+    list[str],
+    typer.Option("--budget", metavar="TEXT", help="A limit such as 'latency_ms<=50%@local'; repeat for several."),
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option("--data", metavar="DIR", help="A folder with data sets, beside AUTOCOMPRESS_DATA; repeatable."),
+]
+Controller = Annotated[str, typer.Option("--controller", help="The search algorithm: random, evolution or exact.")]
+Evaluations = Annotated[
+    int | None, typer.Option("--evaluations", help="Stop the search after so many evaluations; repeats exactly.")
+]
+Minutes = Annotated[float | None, typer.Option("--minutes", help="Stop the search after so many minutes.")]
+Seed = Annotated[int, typer.Option("--seed", help="Same seed, same front.")]
+Methods = Annotated[str, typer.Option("--methods", help="Families to search, joined by commas.")]
+Importance = Annotated[str, typer.Option("--importance", help="How channels are ranked: taylor or l2.")]
+Profiles = Annotated[
+    list[str] | None,
+    typer.Option("--profile", metavar="NAME=PATH", help="Profile file of a device that a budget names; repeatable."),
+]
+RecoverMinutes = Annotated[
+    float, typer.Option("--recover-minutes", help="Distillation of each plan near a budget; 0 turns it off.")
+]
+RecoverSteps = Annotated[
+    int | None, typer.Option("--recover-steps", help="The same in steps, instead of minutes; repeats exactly.")
+]
+Batch = Annotated[int, typer.Option("--batch", help="Batch size at which latency is predicted and measured.")]
+Threads = Annotated[int, typer.Option("--threads", help="Threads for evaluation; 0 takes all cores.")]
+
+ALL_METHODS = ",".join(METHOD_FAMILIES)
+
+
+def request_of(options: dict[str, Any]) -> Request:
+    """The request of a verb's ``locals()``; raises ``UsageError`` before anything heavy is loaded."""
+    from autocompress.validate import make_request
+
+    fields = {name: value for name, value in options.items() if name in Request.model_fields}
+    fields["budgets"] = options["budget"]
+    fields["data"] = options["data"] or []
+    fields["methods"] = [name.strip() for name in options["methods"].split(",") if name.strip()]
+    fields["profiles"] = dict(map(_pair, options["profile"] or []))
+    return make_request(fields)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not equals or not name or not path:
+        raise UsageError(f"A profile reads NAME=PATH, got {text!r}; write for example --profile pixel3=pixel3.json.")
+    return name, path
+
+
+def open_store(path: str | None) -> JobStore:
+    """The job store; imported late because SQLAlchemy is slow to load."""
+    from autocompress.service.store import JobStore
+
+    return JobStore(path)

@@ -1,0 +1,138 @@
+"""The verbs about devices: profile measure, list and show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from autocompress.cli import options as o
+from autocompress.cli.console import out, print_json, quiet_stdout
+from autocompress.cli.tables import StageProgress
+from autocompress.errors import UsageError
+from autocompress.results import Progress
+
+if TYPE_CHECKING:
+    from autocompress.hwprofiles import HardwareProfile
+
+profile_app = typer.Typer(
+    help="Measure devices and look at their profiles.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+@profile_app.command("measure")
+def measure(
+    name: Annotated[str, typer.Option("--name", help="What budgets call it: latency_ms<=5@NAME.")] = "local",
+    out_file: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="A JSON file; default: kept under its name.")
+    ] = None,
+    minutes: Annotated[float, typer.Option("--minutes", help="How long it may take; longer is finer.")] = 10.0,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of one run.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Examples of one run.")] = 1,
+    as_json: o.Json = False,
+) -> None:
+    """Measure this machine.
+
+    Without it, '@local' measures only the shapes of the model at hand. Leave the machine alone meanwhile.
+
+    \b
+    Example:
+      autocompress profile measure --name laptop --minutes 10
+    """
+    if out_file is not None and out_file.suffix != ".json":
+        raise UsageError(f"--out names a .json file, got {str(out_file)!r}.")
+    if not 0 < minutes < float("inf"):
+        raise UsageError(f"--minutes is more than 0, got {minutes:g}.")
+    with quiet_stdout(), StageProgress() as bar:
+        from autocompress.hwprofiles import measure_default, save_profile
+
+        def tell(done: int, total: int) -> None:
+            bar(Progress(stage="profile", done=done, total=total))
+
+        profile = measure_default(minutes=minutes, threads=threads, batch=batch, progress=tell, name=name)
+        path = save_profile(profile, out_file)
+    if as_json:
+        print_json({"path": str(path), **summary(profile)})
+        return
+    _print(profile)
+    out.print(f"  {path}", markup=False)
+    option = f" --profile {name}={out_file}" if out_file else ""
+    out.print(f"Use it with --budget 'latency_ms<=50%@{name}'{option}", markup=False)
+
+
+@profile_app.command("list")
+def list_profiles(as_json: o.Json = False) -> None:
+    """List the profiles that a budget can name.
+
+    \b
+    Example:
+      autocompress profile list
+    """
+    from autocompress.hwprofiles import known_profiles, load_profile
+
+    profiles = {name: (path, load_profile(name)) for name, path in known_profiles().items()}
+    if as_json:
+        print_json([{"path": str(path), **summary(profile)} for path, profile in profiles.values()])
+        return
+    if "local" not in profiles:
+        out.print("local: this machine; a budget with @local measures the shapes of its model first.")
+    for name, (_, profile) in profiles.items():
+        kernels = f"{len(profile.entries)} kernels on {profile.threads} thread(s)"
+        out.print(f"{name}: {profile.device}, {kernels}, {profile.measured_at}", markup=False)
+
+
+@profile_app.command("show")
+def show_profile(
+    name: Annotated[str, typer.Argument(help="A profile's name or its file.")], as_json: o.Json = False
+) -> None:
+    """Show what a profile holds.
+
+    What was measured, how and when.
+
+    \b
+    Example:
+      autocompress profile show local
+    """
+    from autocompress.hwprofiles import load_profile
+
+    profile = load_profile(name)
+    if as_json:
+        print_json({**summary(profile), "profile": profile.to_json()})
+    else:
+        _print(profile)
+
+
+def summary(profile: HardwareProfile) -> dict[str, Any]:
+    """A profile in a few numbers."""
+    families: dict[str, int] = {}
+    for entry in profile.entries:
+        family = f"{entry.kernel.kind} {entry.kernel.format}"
+        families[family] = families.get(family, 0) + 1
+    return {
+        "name": profile.name,
+        "device": profile.device,
+        "runtime": f"{profile.runtime} {profile.runtime_version}",
+        "threads": profile.threads,
+        "batch": profile.batch,
+        "measured_at": profile.measured_at,
+        "kernels": len(profile.entries),
+        "families": families,
+        "overhead_us": profile.overhead_ns / 1e3,
+        "noise_floor": profile.noise_floor,
+        "int8_format": profile.int8_format,
+        "provenance": profile.provenance,
+        "warning": profile.how.get("warning"),
+        "hash": profile.hash,
+    }
+
+
+def _print(profile: HardwareProfile) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in summary(profile).items():
+        if value is None:
+            continue
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        table.add_row(key.replace("_", " "), f"{text:.4g}" if isinstance(text, float) else str(text))
+    out.print(table, markup=False)

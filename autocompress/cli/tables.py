@@ -1,0 +1,165 @@
+"""How results look in a terminal: progress by stage, a front, the paths that were written."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Column, Table
+
+from autocompress.api import judged_last
+from autocompress.cli.console import err, out, say
+from autocompress.results import JobResult, Point, Progress, Stage
+
+STAGE_WORDS: dict[Stage, str] = {
+    "task": "loading the task",
+    "graph": "finding the sites",
+    "database": "building the level database",
+    "profile": "measuring this device",
+    "search": "searching",
+    "refit": "refitting the front",
+    "recover": "distilling plans near the budgets",
+    "export": "exporting to ONNX",
+    "verify": "verifying the file",
+}
+
+WIDEST = 160
+"""Columns a table may take; a terminal that is narrower wraps lines, but loses nothing."""
+
+
+class StageProgress:
+    """One bar a stage on a terminal; one line a stage where there is none (a log, a pipe)."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._stage: Stage | None = None
+        self._rows: dict[Stage, TaskID] = {}
+        self._bars: Bars | None = None
+        if err.is_terminal:
+            whole = Column(no_wrap=True)
+            self._bars = Bars(
+                SpinnerColumn(finished_text="[green]✓[/]"),
+                TextColumn("{task.description}", table_column=whole),
+                BarColumn(bar_width=16),
+                TextColumn("{task.fields[steps]}", table_column=whole, justify="right"),
+                TimeElapsedColumn(table_column=whole),
+                TextColumn(
+                    "[dim]{task.fields[message]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+                ),
+                console=err,
+                expand=True,
+            )
+
+    def __enter__(self) -> StageProgress:
+        if self._bars:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars:
+            if error is None:
+                self._complete()
+            self._bars.stop()
+
+    def __call__(self, tick: Progress) -> None:
+        if tick.stage != self._stage:
+            if self._bars:
+                self._complete()
+            else:
+                say(f"[{time.monotonic() - self._started:6.1f} s] {STAGE_WORDS[tick.stage]} {tick.message}".rstrip())
+            self._stage = tick.stage
+        if self._bars:
+            if tick.stage not in self._rows:
+                self._rows[tick.stage] = self._bars.add_task(STAGE_WORDS[tick.stage], total=None, message="", steps="")
+            steps = f"{tick.done}/{tick.total}" if tick.total else ""
+            row, message = self._rows[tick.stage], escape(tick.message)
+            self._bars.update(row, completed=tick.done, total=tick.total, message=message, steps=steps)
+
+    def _complete(self) -> None:
+        """Close the bar of the stage that ends: it is done, however many steps it announced."""
+        if self._bars and self._stage:
+            row = self._rows[self._stage]
+            done = max(1, int(self._bars.tasks[row].completed))
+            self._bars.update(row, completed=done, total=done, message="")
+
+
+def number(value: float | None) -> str:
+    """Four significant digits, and k, M or G for what is counted."""
+    if value is None:
+        return "–"
+    for least, unit, suffix in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= least:
+            return f"{value / unit:.4g} {suffix}"
+    return f"{value:.4g}"
+
+
+def front_rows(result: JobResult) -> list[Point]:
+    """The original first, then the front from the costly to the cheap; the exported plan always among them."""
+    key = next((key for key in result.objectives if key in result.original.costs), None)
+    points = [p for p in result.points if p.on_front]
+    if result.best not in (None, result.original.id, *(p.id for p in points)):
+        points.append(judged_last(result, str(result.best)))
+    points.sort(key=lambda p: (-(p.costs.get(key, 0.0) if key else 0.0), p.id))
+    return [result.original, *points]
+
+
+def cost_keys(result: JobResult) -> list[str]:
+    """Costs worth a column: what is budgeted or traded first, then the rest in their usual order."""
+    first = [*(row.key for row in result.budgets), *result.objectives]
+    return [key for key in dict.fromkeys([*first, *result.original.costs]) if key in result.original.costs]
+
+
+def print_front(result: JobResult) -> None:
+    """The front as a table, never cut off: metric, drop, costs as predicted and measured, budgets and rung."""
+    rows = front_rows(result)
+    keys = cost_keys(result)
+    timed = [key for key in keys if any(key in point.measured for point in rows)]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    table.add_column("plan")
+    for title in (result.metric_name, "drop", *keys, *(f"measured {key}" for key in timed)):
+        table.add_column(title.replace("@", "\n@").replace("measured ", "measured\n", 1), justify="right")
+    table.add_column("budgets")
+    table.add_column("rung")
+    for point in rows:
+        holds = "[green]hold[/]" if point.feasible else f"[red]missed by {point.violation:.0%}[/]"
+        values = (
+            point.values.get("metric"),
+            point.values.get("accuracy_drop"),
+            *(point.costs.get(key) for key in keys),
+        )
+        numbers = [number(value) for value in (*values, *(point.measured.get(key) for key in timed))]
+        is_best = point.id == result.best
+        name = "original" if point.id == result.original.id else point.id[:8]
+        table.add_row(
+            name + (" *" if is_best else ""), *numbers, holds, point.fidelity, style="bold" if is_best else ""
+        )
+    out.print(f"{result.task}: {len(rows) - 1} plans on the front{', * exported' if result.best else ''}", markup=False)
+    Console(width=max(out.width, WIDEST), highlight=False).print(table)
+
+
+def front_json(result: JobResult) -> list[dict[str, Any]]:
+    """The same rows for machines."""
+    return [
+        {
+            "id": point.id,
+            "original": point.id == result.original.id,
+            "exported": point.id == result.best,
+            "metric": point.values.get("metric"),
+            "accuracy_drop": point.values.get("accuracy_drop"),
+            "costs": point.costs,
+            "measured": point.measured,
+            "feasible": point.feasible,
+            "violation": point.violation,
+            "rung": point.fidelity,
+            "plan": point.plan,
+        }
+        for point in front_rows(result)
+    ]

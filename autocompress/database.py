@@ -1,0 +1,343 @@
+"""Sites x levels -> weights. Built once a model: Gram matrices, channel orders; every budget and device is a query.
+
+On disk: one safetensors file a chunk of layers, in a folder named by the content of model, data and settings, so that a
+killed build goes on with the next chunk. Weights of a level are made when asked for (prune -> refit -> factorize ->
+quantize) and kept in a least-recently-used cache with a byte limit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx, nn
+
+from autocompress.deploy import fold_norm
+from autocompress.errors import Cancelled, StoreError
+from autocompress.files import write_atomically
+from autocompress.gram import Moments, columns_of, output_statistics, positions, refit, unfold, unfolded_size, MAX_INPUTS
+from autocompress.graph import Graph, Keep, Layer, aliases, make_layer, rebuild, slice_channelwise, slice_layer
+from autocompress.methods import ChannelPruning, LayerContext, LowRank, StaticInt8, handler_of
+from autocompress.methods.pruning import l2_importance, obs_order, taylor_importance
+from autocompress.methods.quantization import ActivationQuant
+from autocompress.results import Importance
+from autocompress.tasks import Task
+from autocompress.types import Plan, SearchSpace, digest
+
+VERSION = 2
+GRAM_IMAGES = 1024
+ROWS_PER_INPUT = 40
+"""Rows of statistics per unfolded input: enough for a stable solve, few enough for two cores."""
+TAYLOR_IMAGES = 512
+RANGE_IMAGES = 64
+CHUNK_LAYERS = 12
+BATCH = 64
+CACHE_BYTES = 512 * 2**20
+
+Weights = tuple[Tensor, Tensor]
+
+
+class LevelDatabase:
+    """Levels of one model's sites; see the module's docstring.
+
+    ``folder``: where it lives; ``key``: hash of everything that decides its content.
+    """
+
+    def __init__(self, graph: Graph, space: SearchSpace, task: Task, root: Path, *, seed: int = 0) -> None:
+        self.graph, self.space, self.task, self.seed = graph, space, task, seed
+        pruning = [s for levels in space.levels for level in levels for s in level.steps if isinstance(s, ChannelPruning)]
+        self.importance: Importance = pruning[0].importance if pruning else "obs"
+        settings = [VERSION, task.hash, GRAM_IMAGES, ROWS_PER_INPUT, TAYLOR_IMAGES, seed]
+        self.folder = root / digest(settings)
+        self.key = digest([settings, self.importance])
+        self._grams: dict[str, Tensor] = {}
+        self._orders: dict[str, npt.NDArray[np.int64]] = {}
+        self._cache: OrderedDict[tuple[object, ...], Weights] = OrderedDict()
+        self._cache_bytes = 0
+        self._site = {site.name: i for i, site in enumerate(space.sites)}
+        self._folded: dict[str, Weights] = {}
+
+    # ------------------------------------------------------------ building
+
+    def build(
+        self,
+        progress: Callable[[int, int], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> None:
+        """Make what is not on disk yet; safe to interrupt, continues with the next chunk."""
+        layers = [name for name in self.graph.layers if 0 < self._size(name) <= MAX_INPUTS]
+        chunks = [layers[i : i + CHUNK_LAYERS] for i in range(0, len(layers), CHUNK_LAYERS)]
+        total = len(chunks) + 1
+        for done, names in enumerate(chunks):
+            self._checkpoint(progress, cancelled, done, total)
+            path = self.folder / f"gram_{done:03d}.safetensors"
+            if not path.exists():
+                self._save(path, self._measure_grams(names))
+            self._grams.update(self._load(path))
+        self._checkpoint(progress, cancelled, len(chunks), total)
+        path = self.folder / f"orders_{self.importance}.safetensors"
+        if not path.exists():
+            orders = {name: torch.from_numpy(order) for name, order in self._measure_orders().items()}
+            self._save(path, orders or {"none": torch.zeros(0)})
+        self._orders = {name: order.numpy() for name, order in self._load(path).items()}
+        if progress:
+            progress(total, total)
+
+    @staticmethod
+    def _checkpoint(
+        progress: Callable[[int, int], None] | None, cancelled: Callable[[], bool] | None, done: int, total: int
+    ) -> None:
+        if progress:
+            progress(done, total)
+        if cancelled and cancelled():
+            raise Cancelled("Stopped while building the level database; the same command continues there.")
+
+    def _save(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: save_file(tensors, temporary))
+
+    def _load(self, path: Path) -> dict[str, Tensor]:
+        try:
+            return load_file(path)
+        except Exception as error:
+            raise StoreError(f"{path} cannot be read ({error}); delete it and run the same command again.") from error
+
+    def _size(self, name: str) -> int:
+        return unfolded_size(self.graph.module.get_submodule(name))
+
+    def _batches(self, n: int) -> Iterator[Tensor]:
+        for inputs, _ in self.task.batches(self.task.calibration.take(n), BATCH):
+            yield inputs
+
+    def _measure_grams(self, names: Sequence[str]) -> dict[str, Tensor]:
+        moments = {name: Moments() for name in names}
+        generator = torch.Generator().manual_seed(self.seed)
+        images = min(GRAM_IMAGES, len(self.task.calibration))
+
+        def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            def run(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                per_image = -(-ROWS_PER_INPUT * self._size(name) // images)
+                moments[name].add(unfold(module, inputs[0], positions(module, output, per_image, generator)))
+
+            return run
+
+        handles = [self.graph.module.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+        try:
+            with torch.no_grad():
+                for inputs in self._batches(images):
+                    self.graph.module(inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: part.gram.float().contiguous() for name, part in moments.items()}
+
+    def _measure_orders(self) -> dict[str, npt.NDArray[np.int64]]:
+        """Channel positions of each group, most important first."""
+        groups = self.graph.groups
+        if self.importance == "obs":
+            return {group.name: obs_order(self.graph, group, self.folded, self.gram) for group in groups}
+        if self.importance == "taylor" and groups:
+            split = self.task.calibration.take(TAYLOR_IMAGES)
+            scores = taylor_importance(self.graph, groups, self.task.batches(split, BATCH), self.task.loss)
+        else:
+            scores = {group.name: l2_importance(self.graph, group) for group in groups}
+        return {name: np.argsort(-score, kind="stable").astype(np.int64) for name, score in scores.items()}
+
+    # ------------------------------------------------------------ reading a plan
+
+    def keep(self, plan: Plan) -> Keep:
+        """Which channel classes live.  # (n_classes,) bool"""
+        keep = self.graph.keep_all()
+        for group in self.graph.groups:
+            for step in self._steps(plan, f"channels:{group.name}"):
+                if isinstance(step, ChannelPruning):
+                    keep[group.classes[self._orders[group.name][step.keep :]]] = False
+        return keep
+
+    def dropped(self, plan: Plan) -> frozenset[str]:
+        """Names of dropped blocks."""
+        return frozenset(block.name for block in self.graph.blocks if self._steps(plan, f"block:{block.name}"))
+
+    def _steps(self, plan: Plan, site: str):  # type: ignore[no-untyped-def]
+        index = self._site.get(site)
+        return self.space.levels[index][plan[index]].steps if index is not None else ()
+
+    def layer_steps(self, plan: Plan, layer: str):  # type: ignore[no-untyped-def]
+        """The methods a plan applies to one layer, in order."""
+        return self._steps(plan, f"layer:{layer}")
+
+    def int8_layers(self, plan: Plan) -> list[Layer]:
+        """Layers that run in int8, those of dropped blocks left out."""
+        gone = {name for block in self.graph.blocks if block.name in self.dropped(plan) for name in block.body}
+        return [
+            layer
+            for layer in self.graph.layers.values()
+            if layer.node not in gone and any(isinstance(s, StaticInt8) for s in self.layer_steps(plan, layer.name))
+        ]
+
+    # ------------------------------------------------------------ weights
+
+    def folded(self, name: str) -> Weights:
+        """Dense weight and bias of a layer with its batch norm folded."""
+        if name not in self._folded:
+            layer = self.graph.layers[name]
+            module = self.graph.module.get_submodule(name)
+            norm = self.graph.module.get_submodule(layer.norm) if layer.norm else None
+            self._folded[name] = fold_norm(module.weight, module.bias, norm)  # type: ignore[arg-type]
+        return self._folded[name]
+
+    def gram(self, name: str) -> Tensor | None:
+        """Gram matrix of a layer's dense inputs; ``None`` for depthwise and very wide layers."""
+        return self._grams.get(name)
+
+    def refitted(self, layer: Layer, columns: npt.NDArray[np.intp]) -> Weights:
+        """All output rows, refitted behind the kept inputs on *dense* inputs (plan-independent, cached)."""
+        key = (layer.name, columns.tobytes())
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        weight, bias = self.folded(layer.name)
+        gram = self.gram(layer.name)
+        area = weight[0, 0].numel()
+        kept = columns_of(columns, area)
+        if gram is None:
+            new = weight.flatten(1)[:, kept], bias
+        else:
+            new = refit(weight.flatten(1), bias, gram, kept)
+        result = (new[0].reshape(len(weight), len(columns), *weight.shape[2:]), new[1])
+        self._cache[key] = result
+        self._cache_bytes += sum(t.nbytes for t in result)
+        while self._cache_bytes > CACHE_BYTES:
+            _, old = self._cache.popitem(last=False)
+            self._cache_bytes -= sum(t.nbytes for t in old)
+        return result
+
+    def stitch(self, plan: Plan) -> fx.GraphModule:
+        """The live model of a plan at the database's rung of refit (dense inputs)."""
+
+        def make(layer: Layer, columns: npt.NDArray[np.intp], rows: npt.NDArray[np.intp]) -> dict[str, nn.Module]:
+            steps = self.layer_steps(plan, layer.name)
+            pruned = len(columns) < len(layer.inputs) and not layer.depthwise
+            reshaped = any(isinstance(step, LowRank) for step in steps)
+            if not pruned and not reshaped:
+                return self.sliced(layer, columns, rows, steps)
+            weight, bias = self.refitted(layer, columns)
+            gram = self.gram(layer.name)
+            if gram is not None:
+                kept = torch.cat([columns_of(columns, weight[0, 0].numel()), torch.tensor([len(gram) - 1])])
+                gram = gram[kept][:, kept]
+            index = torch.from_numpy(rows)
+            return self.neutral(layer, weight[index], bias[index], gram, steps)
+
+        model = rebuild(self.graph, self.keep(plan), self.dropped(plan), make)
+        self.place_quantizers(model, plan)
+        return model
+
+    def sliced(
+        self, layer: Layer, columns: npt.NDArray[np.intp], rows: npt.NDArray[np.intp], steps: Sequence[object]
+    ) -> dict[str, nn.Module]:
+        """The original layer and norm at the kept channels, with formats applied."""
+        made = slice_layer(self.graph, layer, columns, rows)
+        made[layer.name] = apply_steps(made[layer.name], steps, None)
+        if layer.norm:
+            made[layer.norm] = slice_channelwise(self.graph.module.get_submodule(layer.norm), rows)
+        return made
+
+    def neutral(
+        self, layer: Layer, weight: Tensor, bias: Tensor, gram: Tensor | None, steps: Sequence[object]
+    ) -> dict[str, nn.Module]:
+        """A layer from folded weights; its norm gets the statistics of its new outputs, so it is live and changes nothing.
+
+        ``norm(W x) = W x + b`` with ``gamma = sqrt(var + eps)``, ``beta = mean + b``: training can go on from consistent
+        batch statistics, and folding gives back ``W, b``.
+        """
+        like = self.graph.module.get_submodule(layer.name)
+        if layer.norm is None:
+            return {layer.name: apply_steps(make_layer(like, weight, bias), steps, gram)}
+        made = {layer.name: apply_steps(make_layer(like, weight, None), steps, gram)}
+        norm = copy.deepcopy(self.graph.module.get_submodule(layer.norm))
+        assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
+        if gram is not None:
+            mean, variance = output_statistics(weight.flatten(1), gram)
+        else:
+            mean, variance = torch.zeros(len(weight)), torch.ones(len(weight))
+        norm.num_features = len(weight)
+        norm.running_mean, norm.running_var = mean, variance
+        norm.weight = nn.Parameter((variance.double() + norm.eps).sqrt().float(), requires_grad=False)
+        norm.bias = nn.Parameter(mean + bias, requires_grad=False)
+        made[layer.norm] = norm
+        return made
+
+    # ------------------------------------------------------------ quantized activations
+
+    def quantized_nodes(self, plan: Plan) -> list[str]:
+        """Nodes whose values are quantized: inputs and outputs of int8 layers, the model's output left float."""
+        stands_for = aliases(self.graph, self.dropped(plan))
+        found: dict[str, None] = {}
+        for layer in self.int8_layers(plan):
+            found[stands_for.get(layer.source, layer.source)] = None
+            if not self._is_output(layer.result):
+                found[layer.result] = None
+        return list(found)
+
+    def _is_output(self, name: str) -> bool:
+        return any(user.op == "output" for node in self.graph.module.graph.nodes if node.name == name for user in node.users)
+
+    def place_quantizers(self, model: fx.GraphModule, plan: Plan) -> None:
+        """Insert activation quantizers with ranges taken from the compressed model on calibration inputs."""
+        names = self.quantized_nodes(plan)
+        if not names:
+            return
+        for node in list(model.graph.nodes):
+            if node.name in names:
+                target = f"quant_{node.name}"
+                model.add_submodule(target, RangeObserver())
+                with model.graph.inserting_after(node):
+                    new = model.graph.call_module(target, (node,))
+                node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+        for layer in self.int8_layers(plan):
+            module = model.get_submodule(layer.name)
+            if isinstance(module, nn.Sequential):
+                parent, _, leaf = layer.name.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, nn.Sequential(module[0], RangeObserver(), module[1]))
+        model.recompile()
+        with torch.no_grad():
+            for inputs in self._batches(RANGE_IMAGES):
+                model(inputs)
+        freeze_ranges(model)
+
+
+class RangeObserver(nn.Module):
+    """Remembers the smallest and largest value that passed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = 0.0, 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))
+        return x
+
+
+def freeze_ranges(model: nn.Module) -> None:
+    """Every observer becomes the quantizer of the range it saw."""
+    for name, part in list(model.named_modules()):
+        if isinstance(part, RangeObserver):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, ActivationQuant(part.low, part.high))
+
+
+def apply_steps(module: nn.Module, steps: Sequence[object], gram: Tensor | None) -> nn.Module:
+    """A plan's layer methods on one layer, in order."""
+    context = LayerContext(gram)
+    for step in steps:
+        handler = handler_of(step)  # type: ignore[arg-type]
+        if handler is not None:
+            module = handler.apply(step, module, context)  # type: ignore[arg-type]
+    return module

@@ -1,0 +1,83 @@
+"""Live model -> deployed model: batch norm folded, weights rounded to their grids. What is searched is what is exported.
+
+A *live* model is what ``stitch`` gives and recovery trains: convolutions beside their batch norms, weights behind
+straight-through fake quantizers. The *deployed* form computes the same in eval mode, is faster, and carries a
+:class:`PackedWeight` on every quantized layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from autocompress.graph import make_layer
+from autocompress.methods.quantization import pack_weight, quantizer_of
+
+
+def fold_norm(weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of ``norm(layer(x))`` in eval mode.  # (out, ...), (out,)"""
+    shift = torch.zeros(weight.shape[0]) if bias is None else bias.detach()
+    weight = weight.detach()
+    if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+        return weight, shift
+    assert norm.running_mean is not None and norm.running_var is not None
+    factor = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        factor = factor * norm.weight.detach().double()
+    offset = norm.bias.detach().double() if norm.bias is not None else torch.zeros_like(factor)
+    folded = weight.double() * factor.reshape(-1, *[1] * (weight.ndim - 1))
+    return folded.float(), ((shift.double() - norm.running_mean.double()) * factor + offset).float()
+
+
+def deploy(live: fx.GraphModule) -> fx.GraphModule:
+    """The deployed form of a live model, which stays as it is."""
+    model = fx.GraphModule(live, copy.deepcopy(live.graph))
+    modules = dict(live.named_modules(remove_duplicate=False))
+    for node in list(model.graph.nodes):
+        layer = modules.get(str(node.target)) if node.op == "call_module" else None
+        parts = list(layer) if isinstance(layer, nn.Sequential) else [layer]
+        if not isinstance(parts[-1], nn.Conv2d | nn.Linear):
+            continue
+        norm = _norm_behind(node, modules)
+        new = [_deployed(part, norm if part is parts[-1] else None) for part in parts]
+        _replace(model, str(node.target), nn.Sequential(*new) if isinstance(layer, nn.Sequential) else new[0])
+        if norm is not None:
+            after = next(iter(node.users))
+            after.replace_all_uses_with(node)
+            model.graph.erase_node(after)
+    model.delete_all_unused_submodules()
+    model.recompile()
+    return model.eval()
+
+
+def _norm_behind(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
+    if len(node.users) != 1:
+        return None
+    after = next(iter(node.users))
+    norm = modules.get(str(after.target)) if after.op == "call_module" else None
+    return norm if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) else None
+
+
+def _deployed(part: Any, norm: nn.Module | None) -> nn.Module:
+    """A copy of one layer with its norm folded and its weight rounded; other modules as they are."""
+    if not isinstance(part, nn.Conv2d | nn.Linear):
+        return part  # type: ignore[no-any-return]
+    quantizer = quantizer_of(part)
+    if quantizer is None and norm is None:
+        return part
+    # Not a deep copy: copies of a parametrized module share its class, and removing the parametrization breaks both.
+    raw = part.parametrizations["weight"].original if quantizer is not None else part.weight  # type: ignore[index,union-attr]
+    weight, bias = fold_norm(raw, part.bias, norm)
+    packed = pack_weight(weight, quantizer.bits, quantizer.group, quantizer.activations) if quantizer else None
+    new = make_layer(part, packed.dequantize() if packed else weight, bias if norm or part.bias is not None else None)
+    if packed is not None:
+        new.packed = packed  # type: ignore[assignment]
+    return new
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)

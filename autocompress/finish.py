@@ -1,0 +1,231 @@
+"""The second rung of refit: layer by layer, on the *compressed* model's inputs towards the *dense* model's values.
+
+Each convolution and linear layer is refitted in the order it runs (He et al. 2017, asymmetric form), and where its output
+is added to a residual stream whose other side is already known, towards what the *sum* should be: a layer then also makes
+good what earlier removals did to the stream. The batch norms get the statistics of the compressed model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from autocompress.database import BATCH, LevelDatabase, freeze_ranges, RangeObserver, RANGE_IMAGES
+from autocompress.errors import Cancelled
+from autocompress.gram import Moments, output_rows, output_statistics, positions, solve, unfold
+from autocompress.graph import Keep, Layer
+from autocompress.types import Plan
+
+FINISH_IMAGES = 1024
+ROWS_PER_INPUT = 60
+
+
+def finish(
+    database: LevelDatabase,
+    plan: Plan,
+    cancelled: Callable[[], bool] | None = None,
+    images: int = FINISH_IMAGES,
+) -> fx.GraphModule:
+    """The live model of a plan with every layer behind a change refitted; the dense plan comes back unchanged."""
+    model = database.stitch(plan)
+    if plan == database.space.dense:
+        return model
+    with torch.no_grad():
+        _Refit(database, plan, model, images, cancelled).run()
+    return model
+
+
+class _Refit:
+    """Runs the dense and the compressed graph side by side, a node at a time, over all calibration inputs at once."""
+
+    def __init__(
+        self,
+        database: LevelDatabase,
+        plan: Plan,
+        model: fx.GraphModule,
+        images: int,
+        cancelled: Callable[[], bool] | None,
+    ) -> None:
+        self.database, self.plan, self.model, self.cancelled = database, plan, model, cancelled
+        self.keep: Keep = database.keep(plan)
+        self.inputs = list(database._batches(images))
+        self.images = sum(len(batch) for batch in self.inputs)
+        self.dense = _Lazy(database.graph.module, self.inputs)
+        self.layers = {layer.node: layer for layer in database.graph.layers.values()}
+        self.norms = {layer.norm: layer for layer in database.graph.layers.values() if layer.norm}
+        self.env: dict[fx.Node, list[Any]] = {}
+        self.generator = torch.Generator().manual_seed(database.seed)
+        self.changed: set[fx.Node] = set()
+
+    def run(self) -> None:
+        last_use = _last_uses(self.model.graph)
+        for node in self.model.graph.nodes:
+            if self.cancelled and self.cancelled():
+                raise Cancelled("Stopped while refitting; everything evaluated so far is kept.")
+            if node.op == "output":
+                break
+            if node.name in self.layers:
+                self._refit_layer(node, self.layers[node.name])
+            self.env[node] = self._outputs(node)
+            if self._reads_a_change(node):
+                self.changed.add(node)
+            for done in last_use.get(node, ()):
+                self.env.pop(done, None)
+
+    def _reads_a_change(self, node: fx.Node) -> bool:
+        """Whether an input differs from the dense model's: it was changed, or a dropped block stood between."""
+        if any(source in self.changed for source in node.all_input_nodes):
+            return True
+        dense = self.dense.by_name.get(node.name)
+        names = {source.name.removeprefix("quant_") for source in node.all_input_nodes}
+        return dense is not None and names != {source.name for source in dense.all_input_nodes}
+
+    def _outputs(self, node: fx.Node) -> list[Any]:
+        module = self.model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, RangeObserver):
+            raise TypeError("Ranges are frozen before refitting.")
+        if module is not None and str(node.target).startswith("quant_"):
+            _recalibrate(module, self.env[node.all_input_nodes[0]])
+        return [run_node(self.model, node, self.env, i, batch) for i, batch in enumerate(self.inputs)]
+
+    def _refit_layer(self, node: fx.Node, layer: Layer) -> None:
+        """Replace one layer's weights by the least-squares fit to what the dense model has at its place."""
+        like = self.database.graph.module.get_submodule(layer.name)
+        steps = self.database.layer_steps(self.plan, layer.name)
+        source = node.all_input_nodes[0]
+        new_inputs = self._reads_a_change(node) or not self.keep[layer.inputs].all()
+        if steps or new_inputs or not self.keep[layer.outputs].all():
+            self.changed.add(node)
+        gram = self.database.gram(layer.name)
+        if gram is None or not (new_inputs or steps):
+            return
+        rows = layer.kept_outputs(self.keep)
+        other, total = self._other_side(layer)
+        per_image = -(-ROWS_PER_INPUT * len(gram) // self.images)
+        moments = Moments()
+        for i in range(len(self.inputs)):
+            dense = self.dense.value(total or layer.node, i)
+            where = positions(like, dense, per_image, self.generator)
+            target = output_rows(like, dense, where)
+            target = target[:, self._kept_of(total or layer.node)]
+            if other is not None:
+                target = target - output_rows(like, self.env[other][i], where)
+            elif layer.norm:
+                target = self._normed(layer, target, rows)
+            x = unfold(like, self.env[source][i], where)
+            moments.add(x, target)
+        solution = solve(moments.gram, moments.cross)
+        weight, bias = solution[:, :-1].float(), solution[:, -1].float()
+        shape = (len(rows), len(layer.kept_inputs(self.keep)), *like.weight.shape[2:])  # type: ignore[union-attr,operator]
+        made = self.database.neutral(layer, weight.reshape(shape), bias, moments.gram, steps)
+        for name, part in made.items():
+            self._install(name, part, layer)
+        self._calibrate_inside(layer, source)
+
+    def _normed(self, layer: Layer, target: Tensor, rows: Any) -> Tensor:
+        """Dense pre-norm outputs -> what the norm makes of them: targets are in folded space."""
+        norm = self.database.graph.module.get_submodule(layer.norm)  # type: ignore[arg-type]
+        index = torch.from_numpy(rows)
+        factor = (norm.running_var + norm.eps).rsqrt() * norm.weight  # type: ignore[operator]
+        shift = norm.bias - norm.running_mean * factor  # type: ignore[operator]
+        return target * factor[index] + shift[index]  # type: ignore[index]
+
+    def _other_side(self, layer: Layer) -> tuple[fx.Node | None, str | None]:
+        """If the layer's result is added to a value already known: that value's node and the addition's name."""
+        if layer.activation is not None:
+            return None, None
+        node = next(n for n in self.model.graph.nodes if n.name == layer.result)
+        while len(node.users) == 1 and str(next(iter(node.users)).target).startswith("quant_"):
+            node = next(iter(node.users))
+        if len(node.users) != 1:
+            return None, None
+        add = next(iter(node.users))
+        op = next((op for op in self.database.graph.ops if op.node == add.name and op.kind == "add"), None)
+        if op is None or len(add.all_input_nodes) != 2:
+            return None, None
+        other = next((n for n in add.all_input_nodes if n is not node), None)
+        if other is None or other not in self.env or other not in self.changed:
+            return None, None
+        return other, add.name
+
+    def _kept_of(self, node: str) -> Tensor:
+        return torch.from_numpy(np.flatnonzero(self.keep[self.database.graph.values[node].ids]))
+
+    def _install(self, name: str, part: nn.Module, layer: Layer) -> None:
+        if isinstance(part, nn.Sequential) and layer in self.database.int8_layers(self.plan):
+            part = nn.Sequential(part[0], RangeObserver(), part[1])
+        parent, _, leaf = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), leaf, part)
+
+    def _calibrate_inside(self, layer: Layer, source: fx.Node) -> None:
+        """Ranges between the two factors of an int8 low-rank layer."""
+        module = self.model.get_submodule(layer.name)
+        if isinstance(module, nn.Sequential) and any(isinstance(part, RangeObserver) for part in module):
+            for batch in self.env[source][: -(-RANGE_IMAGES // BATCH)]:
+                module(batch)
+            freeze_ranges(module)
+
+
+def _recalibrate(quantizer: nn.Module, batches: list[Tensor]) -> None:
+    """Ranges of the compressed model as it is now, on as many inputs as at the database's rung."""
+    seen = batches[: -(-RANGE_IMAGES // BATCH)]
+    low, high = min(float(b.min()) for b in seen), max(float(b.max()) for b in seen)
+    quantizer.__init__(low, high)  # type: ignore[misc]
+
+
+def run_node(model: fx.GraphModule, node: fx.Node, env: dict[fx.Node, list[Any]], i: int, batch: Tensor) -> Any:
+    """The value of one node for batch ``i``, from the values its inputs have in ``env``."""
+    if node.op == "placeholder":
+        return batch
+    args = fx.map_arg(node.args, lambda n: env[n][i])
+    kwargs = fx.map_arg(node.kwargs, lambda n: env[n][i])
+    if node.op == "call_module":
+        return model.get_submodule(str(node.target))(*args, **kwargs)
+    if node.op == "call_function":
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    value: Any = model
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value
+
+
+class _Lazy:
+    """Values of the dense graph, advanced only as far as asked, forgotten after their last use plus one read."""
+
+    def __init__(self, module: fx.GraphModule, inputs: list[Tensor]) -> None:
+        self.module, self.inputs = module, inputs
+        self.nodes = list(module.graph.nodes)
+        self.at = 0
+        self.env: dict[fx.Node, list[Any]] = {}
+        self.by_name = {node.name: node for node in self.nodes}
+        self.last = _last_uses(module.graph)
+        self.pending: list[fx.Node] = []
+
+    def value(self, name: str, i: int) -> Tensor:
+        want = self.by_name[name]
+        while want not in self.env:
+            for done in self.pending:
+                self.env.pop(done, None)
+            node = self.nodes[self.at]
+            self.env[node] = [run_node(self.module, node, self.env, j, b) for j, b in enumerate(self.inputs)]
+            self.pending = [n for n in self.last.get(node, ()) if n is not want]
+            self.at += 1
+        return self.env[want][i]  # type: ignore[no-any-return]
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Node -> nodes whose value nobody needs after it."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        for source in node.all_input_nodes:
+            last[source] = node
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for source, node in last.items():
+        found.setdefault(node, []).append(source)
+    return found

@@ -1,0 +1,629 @@
+"""Model -> channels that live and die together, residual blocks that can be dropped, and the traced list of ops.
+
+Every channel of every tensor in the traced graph gets a *class*. Two channels that must be kept or removed together (the
+two sides of an addition, a channel and its H*W copies after flatten, stream channel c and c + pad behind an option-A
+shortcut) are united in one class. A pruned model is then one boolean a class, and each layer's kept indices follow.
+Classes that occur on the same layers form a group: one decision point with nested widths.
+
+Rules are per operation (``channel_rules.py``); what has no rule pins its channels, with the layer's name and the reason.
+Every group is then proved: physically pruned equals masked on random non-contiguous channels (``prove``).
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from autocompress.channel_rules import Classes, Value, apply_rule, call_target
+from autocompress.errors import UnsupportedModel
+
+Keep = npt.NDArray[np.bool_]
+"""One boolean a class.  # (n_classes,)"""
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A convolution or linear layer and where its channels are.
+
+    ``inputs`` / ``outputs``: class of each input / output channel. ``norm``: the batch norm that alone reads its output, if
+    any. ``activation``: the ReLU node fused behind it. ``source``: the node whose value it reads; ``result``: the node
+    whose value is what runs as one kernel (conv + norm + ReLU).
+    """
+
+    name: str
+    node: str
+    inputs: npt.NDArray[np.int64]
+    outputs: npt.NDArray[np.int64]
+    depthwise: bool
+    norm: str | None
+    activation: str | None
+    source: str
+    result: str
+
+    def kept_inputs(self, keep: Keep) -> npt.NDArray[np.intp]:
+        return np.flatnonzero(keep[self.inputs])
+
+    def kept_outputs(self, keep: Keep) -> npt.NDArray[np.intp]:
+        return np.flatnonzero(keep[self.outputs])
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Channels with one decision: ``classes`` in the order of the first producer's outputs."""
+
+    name: str
+    classes: npt.NDArray[np.int64]
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual branch: ``add`` reads ``skip`` and the branch's last node; ``body`` are the nodes in between."""
+
+    name: str
+    add: str
+    skip: str
+    body: frozenset[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One operator that will run: a node with what is fused into it.
+
+    ``node``: what runs; ``result``: the node whose value it leaves; ``inputs``: nodes it reads (tensors only).
+    """
+
+    name: str
+    kind: str
+    node: str
+    result: str
+    inputs: tuple[str, ...]
+    layer: str | None = None
+    fused: str = ""
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+
+
+@dataclass(eq=False)
+class Graph:
+    """A traced model. ``module`` is a frozen dense copy in eval mode whose weights nobody may change."""
+
+    module: fx.GraphModule
+    values: dict[str, Value]
+    layers: dict[str, Layer]
+    channelwise: dict[str, npt.NDArray[np.int64]]
+    groups: tuple[Group, ...]
+    blocks: tuple[Block, ...]
+    ops: tuple[Op, ...]
+    n_classes: int
+    refused: dict[str, str] = field(default_factory=dict)
+    """Layer -> why its channels cannot be pruned."""
+
+    def keep_all(self) -> Keep:
+        return np.ones(self.n_classes, dtype=bool)
+
+
+def trace(model: nn.Module, example: Tensor, *, proofs: bool = True) -> Graph:
+    """Trace a model and find its groups, blocks and ops.
+
+    ``example``: one input batch ``(n, ...)``. Raises :class:`UnsupportedModel` with the reason if the model's control flow
+    depends on its input. Groups whose proof fails are refused by name in ``Graph.refused`` and left whole.
+    """
+    module = _normalized(model)
+    nodes = {node.name: node for node in module.graph.nodes}
+    values, classes, channelwise = _propagate(module, example)
+    layers = _find_layers(module, values)
+    groups, refused = _find_groups(layers, classes)
+    graph = Graph(
+        module=module,
+        values={name: value.resolved(classes) for name, value in values.items()},
+        layers={name: _resolved(layer, classes) for name, layer in layers.items()},
+        channelwise={name: classes.roots(ids) for name, ids in channelwise.items()},
+        groups=groups,
+        blocks=_find_blocks(module, values),
+        ops=(),
+        n_classes=len(classes),
+        refused=refused,
+    )
+    graph.ops = _find_ops(graph, nodes)
+    if proofs:
+        _refuse_unproved(graph, example)
+    return graph
+
+
+def _normalized(model: nn.Module) -> fx.GraphModule:
+    """A traced copy in eval mode without in-place operations (they would change values that others still read)."""
+    try:
+        module = fx.symbolic_trace(copy.deepcopy(model).eval())
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedModel(
+            f"The model cannot be traced: {reason} Control flow must not depend on the input's values; "
+            "move such branches out of forward()."
+        ) from error
+    in_place = {operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub}
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target in in_place:
+            node.target = in_place[node.target]
+        if node.op == "call_method" and node.target in ("add_", "mul_", "relu_", "sub_"):
+            node.target = node.target[:-1]
+        if "inplace" in node.kwargs:
+            node.kwargs = {**node.kwargs, "inplace": False}
+    for part in module.modules():
+        if getattr(part, "inplace", False):
+            part.inplace = False
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module
+
+
+class _Shapes(fx.Interpreter):
+    """Runs the example and keeps the shape of every tensor."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.shapes: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.shapes[n.name] = tuple(result.shape)
+        elif isinstance(result, tuple | list) and result and all(isinstance(part, Tensor) for part in result):
+            self.shapes[n.name] = [tuple(part.shape) for part in result]
+        return result
+
+
+def _propagate(
+    module: fx.GraphModule, example: Tensor
+) -> tuple[dict[str, Value], Classes, dict[str, npt.NDArray[np.int64]]]:
+    runner = _Shapes(module)
+    try:
+        with torch.no_grad():
+            runner.run(example)
+    except Exception as error:
+        raise UnsupportedModel(f"The model does not run on its example input: {error}") from error
+    classes, values, channelwise = Classes(), {}, {}
+    uses = _module_uses(module)
+    for node in module.graph.nodes:
+        shape = runner.shapes.get(node.name)
+        if node.op == "output":
+            for source in node.all_input_nodes:
+                values[source.name].pin(classes, "it is the model's output")
+        elif shape is not None:
+            shared = node.op == "call_module" and uses[str(node.target)] > 1
+            values[node.name] = apply_rule(module, node, shape, values, classes, channelwise, shared)
+    return values, classes, channelwise
+
+
+def _module_uses(module: fx.GraphModule) -> dict[str, int]:
+    """How often each called module runs, counting one module under two names together."""
+    modules = dict(module.named_modules(remove_duplicate=False))
+    count: dict[int, int] = {}
+    called = [str(node.target) for node in module.graph.nodes if node.op == "call_module"]
+    for name in called:
+        count[id(modules[name])] = count.get(id(modules[name]), 0) + 1
+    return {name: count[id(modules[name])] for name in called}
+
+
+def _find_layers(module: fx.GraphModule, values: Mapping[str, Value]) -> dict[str, Layer]:
+    layers = {}
+    modules = dict(module.named_modules(remove_duplicate=False))
+    uses = _module_uses(module)
+    for node in module.graph.nodes:
+        part = modules.get(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(part, nn.Conv2d | nn.Linear) or uses[str(node.target)] > 1:
+            continue
+        last, norm, activation = node, None, None
+        user = _only_user(last)
+        if user is not None and isinstance(modules.get(str(user.target)), nn.BatchNorm2d | nn.BatchNorm1d):
+            last, norm = user, str(user.target)
+            user = _only_user(last)
+        if user is not None and is_relu(module, user):
+            last, activation = user, user.name
+        source = node.all_input_nodes[0]
+        layers[str(node.target)] = Layer(
+            name=str(node.target),
+            node=node.name,
+            inputs=values[source.name].ids,
+            outputs=values[node.name].ids,
+            depthwise=isinstance(part, nn.Conv2d) and part.groups > 1,
+            norm=norm,
+            activation=activation,
+            source=source.name,
+            result=last.name,
+        )
+    return layers
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def is_relu(module: fx.GraphModule, node: fx.Node) -> bool:
+    """ReLU or ReLU6, as module, function or method: what runtimes fuse into the operator before it."""
+    target = call_target(module, node)
+    return isinstance(target, nn.ReLU | nn.ReLU6) or target in (F.relu, F.relu6, torch.relu, "relu")
+
+
+def _resolved(layer: Layer, classes: Classes) -> Layer:
+    values = {**vars(layer), "inputs": classes.roots(layer.inputs), "outputs": classes.roots(layer.outputs)}
+    return Layer(**values)
+
+
+def _find_groups(layers: Mapping[str, Layer], classes: Classes) -> tuple[tuple[Group, ...], dict[str, str]]:
+    """Classes with the same producers and consumers are one group."""
+    producers: dict[int, list[str]] = {}
+    consumers: dict[int, list[str]] = {}
+    for layer in layers.values():
+        for side, found in ((layer.outputs, producers), (layer.inputs, consumers)):
+            if layer.depthwise and side is layer.inputs:
+                continue
+            for root in dict.fromkeys(classes.roots(side).tolist()):
+                found.setdefault(root, []).append(layer.name)
+    members: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
+    refused: dict[str, str] = {}
+    for root, makers in producers.items():
+        real = [name for name in makers if not layers[name].depthwise]
+        reason = classes.pinned(root)
+        if reason is None and not (real and root in consumers):
+            reason = "no convolution or linear layer reads them" if real else "no layer makes them"
+        if reason is not None:
+            for name in makers:
+                refused.setdefault(name, reason)
+            continue
+        members.setdefault((tuple(makers), tuple(consumers[root])), []).append(root)
+    groups = []
+    for (makers, readers), roots in members.items():
+        first = next(name for name in makers if not layers[name].depthwise)
+        groups.append(Group(first, np.array(roots, dtype=np.int64), makers, readers))
+    for group in groups:
+        for name in group.producers:
+            refused.pop(name, None)
+    names: dict[str, int] = {}
+    for i, group in enumerate(groups):  # one layer's outputs may fall into several groups
+        seen = names[group.name] = names.get(group.name, 0) + 1
+        if seen > 1:
+            groups[i] = Group(f"{group.name}#{seen}", group.classes, group.producers, group.consumers)
+    return tuple(groups), refused
+
+
+def _find_blocks(module: fx.GraphModule, values: Mapping[str, Value]) -> tuple[Block, ...]:
+    """Additions one of whose sides is the other's own input, with a branch that nobody else reads."""
+    blocks = []
+    for node in module.graph.nodes:
+        if call_target(module, node) not in (operator.add, torch.add, "add") or len(node.all_input_nodes) != 2:
+            continue
+        for skip, last in (node.all_input_nodes, node.all_input_nodes[::-1]):
+            body = _branch(skip, last)
+            if body is None or values[skip.name].shape != values[node.name].shape:
+                continue
+            if all(user is node or user.name in body for part in body.values() for user in part.users):
+                first = next((p for p in body.values() if p.op == "call_module"), node)
+                prefix = str(first.target).rpartition(".")[0] or node.name
+                blocks.append(Block(prefix, node.name, skip.name, frozenset(body)))
+                break
+    counts: dict[str, int] = {}
+    named = []
+    for block in blocks:
+        seen = counts[block.name] = counts.get(block.name, 0) + 1
+        named.append(block if seen == 1 else Block(f"{block.name}#{seen}", block.add, block.skip, block.body))
+    return tuple(named)
+
+
+def _branch(skip: fx.Node, last: fx.Node) -> dict[str, fx.Node] | None:
+    """Nodes between ``skip`` and ``last`` if every path back from ``last`` ends in ``skip`` (constants aside)."""
+    body: dict[str, fx.Node] = {}
+    stack = [last]
+    while stack:
+        node = stack.pop()
+        if node is skip or node.name in body:
+            continue
+        if node.op == "placeholder":
+            return None
+        body[node.name] = node
+        stack.extend(node.all_input_nodes)
+    return dict(sorted(body.items())) if last is not skip and body else None
+
+
+_KINDS: tuple[tuple[tuple[Any, ...], str], ...] = (
+    ((operator.add, torch.add, operator.sub, "add"), "add"),
+    ((operator.mul, torch.mul, "mul"), "mul"),
+    ((torch.cat, torch.concat), "concat"),
+    ((F.pad,), "pad"),
+    ((operator.getitem,), "slice"),
+    ((F.adaptive_avg_pool2d, torch.mean, "mean"), "global_pool"),
+    ((F.max_pool2d, F.avg_pool2d, torch.max_pool2d), "pool"),
+)
+_FREE = (torch.flatten, "flatten", "view", "reshape", "size", "contiguous", F.dropout, "squeeze", torch.squeeze)
+
+
+def _find_ops(graph: Graph, nodes: Mapping[str, fx.Node]) -> tuple[Op, ...]:
+    """The executed operators, with batch norm folded and ReLU fused into what precedes it."""
+    module, ops = graph.module, []
+    modules = dict(module.named_modules(remove_duplicate=False))
+    by_node = {layer.node: layer for layer in graph.layers.values()}
+    swallowed: set[str] = set()
+    for node in module.graph.nodes:
+        if node.name in swallowed or node.name not in graph.values or node.op in ("placeholder", "get_attr", "output"):
+            continue
+        inputs = tuple(n.name for n in node.all_input_nodes if n.name in graph.values)
+        part = modules.get(str(node.target)) if node.op == "call_module" else None
+        if node.name in by_node:
+            layer = by_node[node.name]
+            last = nodes[layer.result]
+            step = last
+            while step.name != node.name:
+                swallowed.add(step.name)
+                step = step.all_input_nodes[0]
+            size, stride = (part.kernel_size, part.stride) if isinstance(part, nn.Conv2d) else ((1, 1), (1, 1))
+            ops.append(
+                Op(
+                    layer.name,
+                    "conv" if isinstance(part, nn.Conv2d) else "linear",
+                    node.name,
+                    last.name,
+                    inputs,
+                    layer.name,
+                    "relu" if layer.activation else "",
+                    (int(size[0]), int(size[1])),
+                    (int(stride[0]), int(stride[1])),
+                )
+            )
+            continue
+        kind = _kind(call_target(module, node), part)
+        if kind == "free":
+            continue
+        last, fused, size, stride = node, "", (1, 1), (1, 1)
+        user = _only_user(node)
+        if kind in ("add", "batch_norm") and user is not None and is_relu(module, user):
+            swallowed.add(user.name)
+            last, fused = user, "relu"
+        if kind == "pool" and graph.values[node.name].shape[2:] == (1, 1):
+            kind = "global_pool"
+        if kind == "pool":
+            size, stride = _window(node, part)
+        ops.append(Op(node.name, kind, node.name, last.name, inputs, None, fused, size, stride))
+    return tuple(ops)
+
+
+def _kind(target: Any, part: nn.Module | None) -> str:
+    if isinstance(part, nn.Identity | nn.Dropout | nn.Dropout2d | nn.Flatten):
+        return "free"
+    for classes, kind in (
+        ((nn.ReLU, nn.ReLU6), "relu"),
+        ((nn.BatchNorm2d, nn.BatchNorm1d), "batch_norm"),
+        ((nn.AdaptiveAvgPool2d,), "global_pool"),
+        ((nn.MaxPool2d, nn.AvgPool2d), "pool"),
+        ((nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.PReLU), "activation"),
+        ((nn.Conv2d,), "conv"),
+        ((nn.Linear,), "linear"),
+    ):
+        if isinstance(part, classes):
+            return kind
+    if target in (F.relu, F.relu6, torch.relu, "relu"):
+        return "relu"
+    if target in _FREE:
+        return "free"
+    for targets, kind in _KINDS:
+        if target in targets:
+            return kind
+    return "other"
+
+
+def _window(node: fx.Node, part: nn.Module | None) -> tuple[tuple[int, int], tuple[int, int]]:
+    if part is not None:
+        size, stride = part.kernel_size, part.stride
+    else:
+        size = node.kwargs.get("kernel_size", node.args[1] if len(node.args) > 1 else 1)
+        stride = node.kwargs.get("stride", node.args[2] if len(node.args) > 2 else None) or size
+
+    def pair(v: Any) -> tuple[int, int]:
+        if isinstance(v, fx.Node):
+            return (1, 1)
+        return (int(v), int(v)) if isinstance(v, int) else (int(v[0]), int(v[1]))
+
+    return pair(size), pair(stride)
+
+
+# ---------------------------------------------------------------- building a smaller model
+
+MakeLayer = Callable[[Layer, npt.NDArray[np.intp], npt.NDArray[np.intp]], Mapping[str, nn.Module]]
+"""``(layer, kept inputs, kept outputs) -> modules by name``: the layer's replacement and, if it changes, its norm's."""
+
+
+def rebuild(graph: Graph, keep: Keep, dropped: Iterable[str] = (), make: MakeLayer | None = None) -> fx.GraphModule:
+    """A new model without the removed channels and dropped blocks; the graph's own weights stay untouched.
+
+    ``make`` gives the modules of each layer; by default the dense weights, sliced.
+    """
+    make = make or (lambda layer, rows, columns: slice_layer(graph, layer, rows, columns))
+    new_graph = _without_blocks(graph, set(dropped))
+    _fix_constants(graph, new_graph, keep)
+    old = dict(graph.module.named_modules(remove_duplicate=False))
+    parts: dict[str, Any] = {}
+    for node in new_graph.nodes:
+        name = str(node.target)
+        if node.op == "get_attr":
+            parts[name] = operator.attrgetter(name)(graph.module)
+        elif node.op == "call_module" and name not in parts:
+            if name in graph.layers:
+                layer = graph.layers[name]
+                parts.update(make(layer, layer.kept_inputs(keep), layer.kept_outputs(keep)))
+            elif name in graph.channelwise:
+                parts[name] = slice_channelwise(old[name], np.flatnonzero(keep[graph.channelwise[name]]))
+            else:
+                parts[name] = copy.deepcopy(old[name])
+    return fx.GraphModule(parts, new_graph).eval()
+
+
+def aliases(graph: Graph, dropped: Iterable[str]) -> dict[str, str]:
+    """Nodes that vanish with dropped blocks -> the node whose value stands for theirs.
+
+    The addition becomes its skip side, and a ReLU behind it vanishes too where the skip side has passed one already.
+    """
+    names = set(dropped)
+    found = {block.add: block.skip for block in graph.blocks if block.name in names}
+    if not found:
+        return found
+    rectified: set[str] = set()
+    for node in graph.module.graph.nodes:
+        if node.name in found:
+            found[node.name] = found.get(found[node.name], found[node.name])
+        elif is_relu(graph.module, node):
+            source = node.all_input_nodes[0].name
+            if found.get(source) in rectified:
+                found[node.name] = found[source]
+            rectified.add(node.name)
+    return found
+
+
+def _without_blocks(graph: Graph, dropped: set[str]) -> fx.Graph:
+    if not dropped:
+        return copy.deepcopy(graph.module.graph)
+    new_graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    stands_for = aliases(graph, dropped)
+    gone = {name for block in graph.blocks if block.name in dropped for name in block.body}
+    by_name = {node.name: node for node in graph.module.graph.nodes}
+    for node in graph.module.graph.nodes:
+        if node.name in stands_for:
+            mapping[node] = mapping[by_name[stands_for[node.name]]]
+        elif node.name not in gone:
+            mapping[node] = new_graph.node_copy(node, lambda n: mapping[n])
+    return new_graph
+
+
+def _fix_constants(graph: Graph, new_graph: fx.Graph, keep: Keep) -> None:
+    """Channel counts that stand as constants in the graph: paddings, slices and reshapes."""
+    for node in new_graph.nodes:
+        value = graph.values.get(node.name)
+        if value is not None and value.fix is not None:
+            value.fix(node, keep)
+
+
+def slice_layer(
+    graph: Graph, layer: Layer, inputs: npt.NDArray[np.intp], outputs: npt.NDArray[np.intp]
+) -> dict[str, nn.Module]:
+    """The dense layer's weights at the kept rows and columns."""
+    old = graph.module.get_submodule(layer.name)
+    if not isinstance(old, nn.Conv2d | nn.Linear):
+        raise UnsupportedModel(f"Layer {layer.name!r} is a {type(old).__name__}; only Conv2d and Linear can be sliced.")
+    rows = torch.from_numpy(outputs)
+    weight = old.weight.detach()[rows]
+    if not layer.depthwise:
+        weight = weight[:, torch.from_numpy(inputs)]
+    elif isinstance(old, nn.Conv2d) and not _is_channelwise(old):
+        weight = old.weight.detach()
+    bias = None if old.bias is None else old.bias.detach()[rows]
+    return {layer.name: make_layer(old, weight, bias)}
+
+
+def _is_channelwise(conv: nn.Conv2d) -> bool:
+    return conv.groups == conv.in_channels
+
+
+def make_layer(like: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A Conv2d or Linear with these weights and the geometry of ``like``."""
+    new: nn.Conv2d | nn.Linear
+    if isinstance(like, nn.Conv2d):
+        groups = 1
+        if like.groups > 1:
+            groups = weight.shape[0] * like.in_channels // like.out_channels if _is_channelwise(like) else like.groups
+        new = nn.Conv2d(
+            weight.shape[1] * groups,
+            weight.shape[0],
+            (int(weight.shape[2]), int(weight.shape[3])),
+            like.stride,  # type: ignore[arg-type]
+            like.padding,  # type: ignore[arg-type]
+            like.dilation,  # type: ignore[arg-type]
+            groups,
+            bias is not None,
+            like.padding_mode,
+            device="meta",
+        )
+    else:
+        new = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    new.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format), requires_grad=False)
+    if bias is not None:
+        new.bias = nn.Parameter(bias.clone(), requires_grad=False)
+    return new
+
+
+def slice_channelwise(old: nn.Module, index: npt.NDArray[np.intp]) -> nn.Module:
+    """Batch norm or PReLU with the kept channels only."""
+    new = copy.deepcopy(old)
+    kept = torch.from_numpy(index)
+    for name, tensor in [*old.named_parameters(recurse=False), *old.named_buffers(recurse=False)]:
+        if tensor.ndim == 1 and tensor.shape[0] > 1 or (tensor.ndim == 1 and len(index) == 1):
+            sliced = tensor.detach()[kept].clone()
+            if isinstance(tensor, nn.Parameter):
+                setattr(new, name, nn.Parameter(sliced, requires_grad=False))
+            else:
+                setattr(new, name, sliced)
+    if isinstance(new, nn.BatchNorm1d | nn.BatchNorm2d):
+        new.num_features = len(index)
+    return new
+
+
+# ---------------------------------------------------------------- proof
+
+TOLERANCE = 1e-4
+
+
+def prove(graph: Graph, group: Group, example: Tensor, seed: int = 0) -> float:
+    """Largest difference between the physically pruned and the masked model, relative to the output's size.
+
+    About half of the group's channels are removed at random, not contiguous. Masked means: the dense model whose
+    consumers' weights are zero at the removed input channels.
+    """
+    rng = np.random.default_rng(seed)
+    width = len(group.classes)
+    removed = group.classes[np.sort(rng.permutation(width)[: max(1, width // 2)])]
+    keep = graph.keep_all()
+    keep[removed] = False
+    if not keep[group.classes].any():
+        return 0.0
+
+    def masked(layer: Layer, inputs: npt.NDArray[np.intp], outputs: npt.NDArray[np.intp]) -> dict[str, nn.Module]:
+        made = slice_layer(graph, layer, inputs, outputs)
+        if not layer.depthwise:
+            gone = torch.from_numpy(np.flatnonzero(~keep[layer.inputs]))
+            made[layer.name].weight.data[:, gone] = 0  # type: ignore[operator,index,union-attr]
+        return made
+
+    with torch.no_grad():
+        want = rebuild(graph, graph.keep_all(), make=masked)(example)
+        got = rebuild(graph, keep)(example)
+    if got.shape != want.shape or not bool(torch.isfinite(got).all()):
+        return float("inf")
+    return float((got - want).abs().max() / want.abs().max().clamp_min(1e-6))
+
+
+def _refuse_unproved(graph: Graph, example: Tensor) -> None:
+    proved = []
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(example.shape, generator=generator)
+    batch = torch.cat([example, noise * example.std() + example.mean()]) if example.is_floating_point() else example
+    for group in graph.groups:
+        try:
+            difference = prove(graph, group, batch)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            graph.refused[group.name] = f"the pruned model does not run ({str(error).splitlines()[0]})"
+            continue
+        if difference > TOLERANCE:
+            graph.refused[group.name] = f"pruned and masked outputs differ by {difference:.1e} (allowed {TOLERANCE:.0e})"
+            continue
+        proved.append(group)
+    graph.groups = tuple(proved)

@@ -1,0 +1,261 @@
+"""This machine's profile: which kernels to measure first, how noisy the host is, which int8 form is fast."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from autocompress.errors import MeasurementError, UsageError
+from autocompress.hwprofiles.builder import Int8Format
+from autocompress.hwprofiles.predict import Layout
+from autocompress.hwprofiles.profile import Entry, HardwareProfile
+from autocompress.hwprofiles.references import residual_network
+from autocompress.hwprofiles.sessions import middle_mean, open_session, random_feeds, timer
+from autocompress.hwprofiles.timing import MAX_ROUNDS, MIN_ROUNDS, WARM_UP, Setting, run_overhead_ns, time_kernels
+from autocompress.types import Format, Kernel
+
+MAX_NOISE = 0.30
+_PROBE_SECONDS = 0.08
+"""What a kernel should get at least; where time is shorter, fewer kernels are measured."""
+_CPU_FLAGS = (
+    "sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm", "sve",
+)  # fmt: skip
+_NETWORK = ((32, 32), (32, 32), (64, 64))
+_HOW: dict[str, object] = {
+    "warm_up_runs": WARM_UP,
+    "rounds": f"{MIN_ROUNDS}-{MAX_ROUNDS}, interleaved",
+    "statistic": "mean of the middle half of the undisturbed rounds",
+    "spinning": "ONNX Runtime's default (workers spin)",
+}
+
+Progress = Callable[[int, int], None]
+
+
+def measure_local(
+    kernels: Sequence[Kernel],
+    *,
+    threads: int = 1,
+    batch: int = 1,
+    seconds: float = 60,
+    progress: Progress | None = None,
+    name: str = "local",
+) -> HardwareProfile:
+    """Measure ``kernels`` on this machine's CPU with ONNX Runtime, in about ``seconds``.
+
+    Kernels that take the same time (widths that are rounded up to the same block) are measured once. Where there are
+    more than time allows, those that span each family are measured and the rest is left to interpolation; ``how`` tells
+    how many. A noisy host is not an error here: see ``noise_floor`` and ``how["warning"]``. Raises ``UsageError`` for
+    nothing to measure or impossible settings.
+    """
+    if not kernels or threads < 1 or batch < 1 or not seconds > 0:
+        raise UsageError(
+            f"A measurement needs kernels, threads >= 1, batch >= 1 and seconds > 0, "
+            f"got {len(kernels)} kernels, threads={threads}, batch={batch}, seconds={seconds:g}."
+        )
+    start = time.perf_counter()
+    layout = detect_layout(threads, seconds=min(2.0, seconds / 10))
+    int8, evidence = fastest_int8(threads, seconds=min(2.0, seconds / 15))
+    noise = noise_floor(threads, seconds=min(2.0, seconds / 15))
+    wanted = measuring_order(kernels, layout)
+    left = max(seconds - (time.perf_counter() - start), seconds / 2)
+    affordable = max(8, int(left / _PROBE_SECONDS))
+    chosen = wanted[:affordable]
+    report = progress or (lambda done, total: None)
+    times, clock = time_kernels(chosen, Setting(threads, batch, int8), left, lambda done: report(done, len(chosen)))
+    if not times:
+        raise UsageError(f"None of the kernels can be measured: {', '.join(sorted({k.kind for k in kernels}))}.")
+    entries = tuple(Entry(kernel, timed.ns, timed.interval) for kernel, timed in times.items())
+    how = {
+        **_HOW,
+        "kernels_asked": len(wanted),
+        "kernels_measured": len(entries),
+        "seconds": round(time.perf_counter() - start, 1),
+        "clock_ns": clock.usual,
+    }
+    how |= {"warning": _too_noisy(noise)} if noise > MAX_NOISE else {}
+    return HardwareProfile(
+        name=name,
+        device=str(describe_host()["cpu"]),
+        runtime="onnxruntime CPUExecutionProvider",
+        runtime_version=str(ort.__version__),
+        threads=threads,
+        batch=batch,
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        entries=entries,
+        overhead_ns=run_overhead_ns(threads),
+        noise_floor=noise,
+        int8_format=int8,
+        int8_evidence=evidence,
+        layout=layout,
+        host=describe_host(),
+        how=how,
+    )
+
+
+def measure_default(
+    *, minutes: float = 10, threads: int = 1, batch: int = 1, progress: Progress | None = None, name: str = "local"
+) -> HardwareProfile:
+    """A profile of this machine for any network: the grid of :func:`default_grid`.
+
+    Raises ``MeasurementError`` when the host stays too noisy (noise floor above 30 %) after a second try.
+    """
+    noise = noise_floor(threads)
+    if noise > MAX_NOISE:
+        time.sleep(min(10.0, minutes * 6))
+        noise = min(noise, noise_floor(threads, seconds=5))
+    if noise > MAX_NOISE:
+        raise MeasurementError(_too_noisy(noise))
+    return measure_local(
+        default_grid(), threads=threads, batch=batch, seconds=minutes * 60, progress=progress, name=name
+    )
+
+
+def _too_noisy(noise: float) -> str:
+    return (
+        f"The same network timed twice differs by {noise:.0%} on this host (at most {MAX_NOISE:.0%} can be measured); "
+        "stop other work on it or use another one."
+    )
+
+
+def default_grid() -> list[Kernel]:
+    """Convolutions, linear layers and what stands between them, at widths 8 to 256 and image sizes 4 to 112."""
+    kernels = []
+    both: tuple[Format, ...] = ("float", "int8")
+    for form in both:
+        for size in (112, 56, 32, 28, 16, 14, 8, 7, 4):
+            kernels += list(_grid_at(size, form))
+        kernels += [Kernel("linear", (a,), (b,), format=form) for a in _WIDTHS for b in (10, *_WIDTHS, 1000)]
+    weight_only: tuple[Format, ...] = ("w8", "w4")
+    for form in weight_only:
+        kernels += [Kernel("linear", (a,), (b,), format=form) for a in (64, 256, 512) for b in (10, 64, 256, 1000)]
+        kernels += [
+            Kernel("conv", (c, s, s), (c, s, s), (k, k), format=form)
+            for c in (16, 64, 128)
+            for s in (8, 16, 32)
+            for k in (1, 3)
+        ]
+    return kernels
+
+
+_WIDTHS = (8, 16, 32, 48, 64, 128, 256)
+
+
+def _grid_at(size: int, form: Format) -> Iterator[Kernel]:
+    half = -(-size // 2)
+    for c in _WIDTHS:
+        full, small = (c, size, size), (c, half, half)
+        yield Kernel("conv", full, full, (3, 3), groups=c, format=form)
+        yield Kernel("conv", full, small, (3, 3), (2, 2), groups=c, format=form)
+        yield Kernel("add", full, full, format=form, n_inputs=2)
+        yield Kernel("pool", full, small, (2, 2), (2, 2), format=form)
+        yield Kernel("global_pool", full, (c, 1, 1), format=form)
+        yield Kernel("conv", (3, size, size), full, (3, 3), format=form)
+        yield Kernel("conv", (3, size, size), small, (3, 3), (2, 2), format=form)
+        if form == "float":
+            yield Kernel("quantize", full, full)
+            yield Kernel("dequantize", full, full)
+        for d in _WIDTHS:
+            if c * d * size * size * 9 <= 400e6:
+                for k in (1, 3):
+                    yield Kernel("conv", full, (d, size, size), (k, k), format=form)
+                    yield Kernel("conv", full, (d, half, half), (k, k), (2, 2), format=form)
+
+
+def measuring_order(kernels: Iterable[Kernel], layout: Layout) -> list[Kernel]:
+    """Distinct kernels as the device sees them, those first that tell most: corners of each family's grid, then the
+    farthest from what is already there, taking turns between families and image sizes."""
+    groups: dict[tuple[object, ...], list[Kernel]] = {}
+    for kernel in dict.fromkeys(layout.canonical(k) for k in kernels):
+        key = (layout.family(kernel), kernel.in_shape[1:], kernel.out_shape[1:])
+        groups.setdefault(key, []).append(kernel)
+    ranked = [(rank, g, k) for g, group in enumerate(groups.values()) for rank, k in enumerate(_spread(group))]
+    return [kernel for _, _, kernel in sorted(ranked, key=lambda item: item[:2])]
+
+
+def _spread(group: list[Kernel]) -> list[Kernel]:
+    """Farthest-point order in the logarithms of both widths, from the widest kernel on (Gonzalez 1985)."""
+    points = np.log([[k.in_shape[0], k.out_shape[0]] for k in group])  # (n, 2)
+    first = int(np.argmax(points.sum(axis=1)))
+    order, distance = [first], np.abs(points - points[first]).sum(axis=1)
+    while len(order) < len(group):
+        distance[order] = -1.0
+        order.append(int(np.argmax(distance)))
+        distance = np.minimum(distance, np.abs(points - points[order[-1]]).sum(axis=1))
+    return [group[i] for i in order]
+
+
+def detect_layout(threads: int = 1, seconds: float = 2.0) -> Layout:
+    """Find out how convolutions round their channels, by timing widths on either side of the known block sizes."""
+    widths = ((32, 32), (32, 24), (32, 20), (32, 16), (31, 32))
+    kernels = [Kernel("conv", (a, 16, 16), (b, 16, 16), (3, 3)) for a, b in widths]
+    times, _ = time_kernels(kernels, Setting(threads), seconds)
+    whole, three, more_than_two, two, odd = (times[kernel].ns for kernel in kernels)
+    granule = 4 if odd > 1.25 * whole else 1
+    # Where 20 channels cost as much as 32, they were rounded up by 16; as much as 24, by 8.
+    if more_than_two - two > 0.75 * (whole - two) > 0:
+        return Layout(16, granule)
+    if more_than_two - two > 0.75 * (three - two) > 0:
+        return Layout(8, granule)
+    return Layout(1, granule)
+
+
+def fastest_int8(threads: int = 1, seconds: float = 3.0) -> tuple[Int8Format, dict[str, float]]:
+    """The faster form of quantized activations on this host, and milliseconds of one network in both and in float."""
+    forms: tuple[tuple[str, Format, Int8Format], ...] = (
+        ("u8s8_ms", "int8", "u8s8"),
+        ("s8s8_ms", "int8", "s8s8"),
+        ("float_ms", "float", "u8s8"),
+    )
+    models = [residual_network(_NETWORK, form, size=16, int8=int8)[0] for _, form, int8 in forms]
+    times = _interleaved(models, threads, seconds)
+    evidence = {key: round(middle_mean(t) / 1e6, 4) for (key, _, _), t in zip(forms, times, strict=True)}
+    return ("s8s8" if evidence["s8s8_ms"] < evidence["u8s8_ms"] else "u8s8"), evidence
+
+
+def noise_floor(threads: int = 1, seconds: float = 3.0) -> float:
+    """Median relative difference between two sessions of one network, timed alternately in the same rounds."""
+    model = residual_network(_NETWORK, size=16)[0]
+    first, second = _interleaved([model, model], threads, seconds)
+    return float(np.median(2 * np.abs(first - second) / (first + second)))
+
+
+def _interleaved(
+    models: Sequence[bytes], threads: int, seconds: float
+) -> list[np.ndarray[tuple[int], np.dtype[np.float64]]]:
+    """Nanoseconds of each model in each round."""
+    sessions = [open_session(model, threads) for model in models]
+    runs = [timer(session, random_feeds(session, 1), threads) for session in sessions]
+    end = time.perf_counter() + seconds
+    rounds: list[list[float]] = []
+    while len(rounds) < 10 or (time.perf_counter() < end and len(rounds) < 300):
+        row = []
+        for once in runs:
+            once()
+            row.append(once()[0])
+        rounds.append(row)
+    return list(np.array(rounds).T)
+
+
+def describe_host() -> dict[str, object]:
+    """CPU model, the flags that decide about kernels, cores this process may use, operating system."""
+    model, flags = platform.processor() or platform.machine(), set[str]()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        key, _, value = (part.strip() for part in line.partition(":"))
+        if key == "model name":
+            model = value
+        elif key in ("flags", "Features"):
+            flags = set(value.split())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    known = [flag for flag in _CPU_FLAGS if flag in flags]
+    return {"cpu": model, "flags": known, "cores": cores, "system": platform.platform(), "machine": platform.machine()}

@@ -1,0 +1,319 @@
+"""Kernel -> a small graph in which ONNX Runtime treats it as it would in a real network.
+
+Layout is the point: a convolution stands behind another one, so that it runs in the blocked layout without reorders of
+its own, and what a kernel does to the layout of its neighbours (reorders, transposes) is counted as its cost. Nodes are
+told apart by their names: ``k…`` is what is measured, ``h…`` and ``s…`` are its surroundings, ``p…`` is the same
+without the kernel; all other nodes were inserted by ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from autocompress.hwprofiles.builder import GraphBuilder, Int8Format
+from autocompress.hwprofiles.sessions import NodeEvent
+from autocompress.types import Kernel
+
+HARNESS = 16
+"""Channels of a probe's input: one full block of the blocked layout."""
+REPEATS = 4
+_HEAVY = 30_000_000
+"""MACs from which one copy is enough to be timed well."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A graph that holds ``repeats`` copies of a kernel; ``delta`` probes hold the same copies without it, too."""
+
+    kernel: Kernel
+    model: bytes
+    shape: tuple[int, ...]
+    repeats: int = 1
+    shared_inserts: bool = False
+    """Inserted nodes serve all copies together (they prepare the common input)."""
+    count_inserts: bool = True
+    delta: bool = False
+
+    def cost(self, run: list[NodeEvent]) -> tuple[float, float]:
+        """Microseconds of one copy in one profiled run, and how many nodes they are."""
+        mine = [e for e in run if e.name.startswith("k")]
+        if self.delta:
+            without = [e.us for e in run if e.name.startswith("p")]
+            return (sum(e.us for e in mine) - sum(without)) / self.repeats, 0.0
+        inserts = self._inserted(run) if self.count_inserts else []
+        share = 1 if self.shared_inserts else self.repeats
+        us = sum(e.us for e in mine) / self.repeats + sum(e.us for e in inserts) / share
+        return us, len(mine) / self.repeats + len(inserts) / share
+
+    def _inserted(self, run: list[NodeEvent]) -> list[NodeEvent]:
+        """Nodes of ONNX Runtime behind the first one of the harness, without those of 1x1 sinks.
+
+        They end at the first copy where they prepare the common input, else at the node named ``hend`` if there is one.
+        """
+        named = [i for i, e in enumerate(run) if e.name[0] in "hp"] or [-1]
+        stop = "k" if self.shared_inserts else "hend"
+        last = next((i for i, e in enumerate(run) if e.name.startswith(stop)), len(run))
+        sinks = any(e.name.startswith("s") for e in run)
+        return [
+            e
+            for i, e in enumerate(run)
+            if named[0] < i < last and e.name[0] not in "hpsk" and not (sinks and math.prod(e.output_shape[2:]) == 1)
+        ]
+
+
+def build_probe(kernel: Kernel, batch: int = 1, int8: Int8Format = "u8s8") -> Probe | None:
+    """The probe of a kernel, or ``None`` where there is none (its family is then named by ``explains``)."""
+    maker = _MAKERS.get(kernel.kind)
+    if maker is None or (len(kernel.in_shape) not in (1, 2, 3)):
+        return None
+    return maker(kernel, batch, int8)
+
+
+def pads_of(kernel: Kernel) -> tuple[int, int, int, int]:
+    """ONNX pads (top, left, bottom, right) that lead from ``in_shape`` to ``out_shape``."""
+    begin, end = [], []
+    for size, out, k, s in zip(kernel.in_shape[1:], kernel.out_shape[1:], kernel.kernel, kernel.stride, strict=True):
+        total = max(0, (out - 1) * s + k - size)
+        begin.append(total // 2)
+        end.append(total - total // 2)
+    return (begin[0], begin[1], end[0], end[1])
+
+
+def _start(kernel: Kernel, batch: int, int8: Int8Format, channels: int = HARNESS) -> GraphBuilder:
+    return GraphBuilder((batch, channels, *kernel.in_shape[1:]), int8)
+
+
+def _sink(graph: GraphBuilder, x: str, name: str, form: str = "float", channels: int = 0) -> None:
+    """A consumer that leaves almost nothing to write out; given ``channels``, a convolution comes first."""
+    if channels:
+        x = graph.conv(x, f"s{name}", (channels, HARNESS), form=form)
+        x = graph.quantize(x, f"s{name}q") if form == "int8" else x
+    x = graph.node("GlobalAveragePool", [x], f"s{name}pool")
+    graph.output(graph.quantize(x, f"s{name}end") if form == "int8" else x)
+
+
+def _producer(graph: GraphBuilder, kernel: Kernel, name: str, channels: int) -> str:
+    """A convolution and ReLU that give ``channels``, in int8 where the kernel is."""
+    if kernel.format != "int8":
+        return graph.activation(graph.conv("x", name, (HARNESS, channels)), name, "relu")
+    x = graph.quantize("x", f"{name}in")
+    return graph.quantize(graph.conv(x, name, (HARNESS, channels), form="int8"), f"{name}q")
+
+
+def _conv(kernel: Kernel, batch: int, int8: Int8Format) -> Probe | None:
+    if len(kernel.in_shape) != 3 or len(kernel.out_shape) != 3:
+        return None
+    c_in, c_out = kernel.in_shape[0], kernel.out_shape[0]
+    image = c_in <= 4  # such a layer reads the network's input, which is not in the blocked layout
+    graph = _start(kernel, batch, int8, c_in if image else HARNESS)
+    x = "x" if image else graph.activation(graph.conv("x", "h", (HARNESS, c_in)), "h", "relu")
+    if kernel.format == "int8":
+        x = graph.quantize(x, "hq")
+    copies = REPEATS if kernel.macs * batch < _HEAVY else 1
+    for i in range(copies):
+        name = f"k{i}"
+        y = graph.conv(
+            x, name, (c_in, c_out), kernel.kernel, kernel.stride, pads_of(kernel), kernel.groups, kernel.format
+        )
+        y = graph.activation(y, name, kernel.fused)
+        _sink(
+            graph,
+            graph.quantize(y, f"s{i}q") if kernel.format == "int8" else y,
+            str(i),
+            "int8" if kernel.format == "int8" else "float",
+        )
+    return Probe(kernel, graph.build(), graph.shape, copies, shared_inserts=True, count_inserts=kernel.format != "int8")
+
+
+def _linear(kernel: Kernel, batch: int, int8: Int8Format) -> Probe:
+    rows = math.prod(kernel.in_shape[1:])
+    c_in, c_out = kernel.in_shape[0], kernel.out_shape[0]
+    graph = GraphBuilder((batch, c_in) if rows == 1 else (batch, rows, c_in), int8)
+    x = graph.quantize("x", "hq") if kernel.format == "int8" else "x"
+    for i in range(REPEATS):
+        y = graph.activation(graph.linear(x, f"k{i}", (c_in, c_out), rows, kernel.format), f"k{i}", kernel.fused)
+        graph.output(graph.quantize(y, f"s{i}q") if kernel.format == "int8" else y)
+    return Probe(kernel, graph.build(), graph.shape, REPEATS, count_inserts=kernel.format != "int8")
+
+
+def _add(kernel: Kernel, batch: int, int8: Int8Format) -> Probe:
+    channels = kernel.out_shape[0]
+    if len(kernel.in_shape) != 3:
+        return _flat(kernel, batch, int8, "Add")
+    graph = _start(kernel, batch, int8)
+    if kernel.format == "int8":
+        return _add_int8(kernel, graph, channels)
+    skip = graph.activation(graph.conv("x", "h", (HARNESS, channels)), "h", "relu")
+    for i in range(REPEATS):
+        plain = graph.activation(graph.conv("x", f"p{i}", (HARNESS, channels)), f"p{i}", kernel.fused)
+        _sink(graph, plain, f"p{i}")
+        summed = graph.node("Add", [graph.conv("x", f"k{i}", (HARNESS, channels)), skip], f"k{i}add")
+        _sink(graph, graph.activation(summed, f"k{i}", kernel.fused), f"k{i}")
+    return Probe(kernel, graph.build(), graph.shape, REPEATS, delta=True)
+
+
+def _add_int8(kernel: Kernel, graph: GraphBuilder, channels: int) -> Probe:
+    """A chain of residual blocks: how often ONNX Runtime transposes between them is part of the cost."""
+    stream = _producer(graph, kernel, "h", channels)
+    for i in range(REPEATS):
+        branch = graph.quantize(graph.conv(stream, f"hc{i}", (channels, channels), form="int8"), f"hc{i}q")
+        summed = graph.activation(graph.node("Add", [branch, stream], f"k{i}"), f"k{i}", kernel.fused)
+        stream = graph.quantize(summed, f"k{i}q")
+    last = graph.quantize(graph.conv(stream, "hend", (channels, HARNESS), form="int8"), "hendq")
+    _sink(graph, last, "", "int8")
+    return Probe(kernel, graph.build(), graph.shape, REPEATS)
+
+
+def _flat(kernel: Kernel, batch: int, int8: Int8Format, op: str) -> Probe:
+    """An element-wise operator on tensors without a spatial layout."""
+    graph = GraphBuilder((batch, *kernel.in_shape[::-1]), int8)
+    for i in range(REPEATS):
+        left, right = graph.node("Relu", ["x"], f"h{i}a"), graph.node("Neg", ["x"], f"h{i}b")
+        y = graph.node(op, [left, right], f"k{i}") if op else left
+        graph.output(graph.activation(y, f"k{i}", kernel.fused if op else kernel.fused or "sigmoid"))
+    return Probe(kernel, graph.build(), graph.shape, REPEATS, count_inserts=False)
+
+
+Operator = Callable[[GraphBuilder, Kernel, str, str], str]
+
+
+def _unary(operator: Operator, sink: bool = True) -> Callable[[Kernel, int, Int8Format], Probe | None]:
+    """The maker of probes ``convolution -> operator -> sink``."""
+
+    def make(kernel: Kernel, batch: int, int8: Int8Format) -> Probe | None:
+        if len(kernel.in_shape) != 3:
+            return _flat(kernel, batch, int8, "") if kernel.kind in ("relu", "activation") else None
+        graph = _start(kernel, batch, int8)
+        for i in range(REPEATS):
+            x = _producer(graph, kernel, f"h{i}", kernel.in_shape[0])
+            y = operator(graph, kernel, x, f"k{i}")
+            y = graph.quantize(y, f"k{i}q") if kernel.format == "int8" else y
+            if sink:
+                _sink(graph, y, str(i), kernel.format, kernel.out_shape[0])
+            else:
+                graph.output(y)
+        return Probe(kernel, graph.build(), graph.shape, REPEATS)
+
+    return make
+
+
+def _activation(graph: GraphBuilder, kernel: Kernel, x: str, name: str) -> str:
+    return graph.activation(x, name, kernel.fused or ("relu" if kernel.kind == "relu" else "sigmoid"))
+
+
+def _pool(graph: GraphBuilder, kernel: Kernel, x: str, name: str) -> str:
+    op = "AveragePool" if kernel.fused.startswith("av") else "MaxPool"
+    window = {"kernel_shape": list(kernel.kernel), "strides": list(kernel.stride), "pads": list(pads_of(kernel))}
+    return graph.node(op, [x], name, **window)
+
+
+def _global_pool(graph: GraphBuilder, kernel: Kernel, x: str, name: str) -> str:
+    return graph.node("GlobalAveragePool", [x], name)
+
+
+def _slice(graph: GraphBuilder, kernel: Kernel, x: str, name: str) -> str:
+    steps = [max(1, round(a / b)) for a, b in zip(kernel.in_shape, kernel.out_shape, strict=True)]
+    ends = [(b - 1) * s + 1 for b, s in zip(kernel.out_shape, steps, strict=True)]
+    rows = {"starts": [0, 0, 0], "ends": ends, "axes": [1, 2, 3], "steps": steps}
+    return graph.node(
+        "Slice", [x, *(graph.constant(f"{name}_{k}", np.array(v, np.int64)) for k, v in rows.items())], name
+    )
+
+
+def _batch_norm(graph: GraphBuilder, kernel: Kernel, x: str, name: str) -> str:
+    ones = [graph.constant(f"{name}_{i}", np.ones(kernel.in_shape[0], np.float32)) for i in range(4)]
+    return graph.activation(graph.node("BatchNormalization", [x, *ones], name), name, kernel.fused)
+
+
+def _mul(graph: GraphBuilder, kernel: Kernel, x: str, name: str) -> str:
+    """A gate a channel, as squeeze-and-excitation has it."""
+    gate = graph.node("GlobalAveragePool", [x], name.replace("k", "hg"))
+    return graph.node("Mul", [x, gate], name)
+
+
+def _concat(kernel: Kernel, batch: int, int8: Int8Format) -> Probe | None:
+    if len(kernel.out_shape) != 3 or kernel.n_inputs < 1:
+        return None
+    graph = GraphBuilder((batch, HARNESS, *kernel.out_shape[1:]), int8)
+    parts, rest = divmod(kernel.out_shape[0], kernel.n_inputs)
+    if parts == 0:
+        return None
+    widths = [parts + (i < rest) for i in range(kernel.n_inputs)]
+    inputs = [_producer(graph, kernel, f"h{i}", c) for i, c in enumerate(widths)]
+    y = graph.node("Concat", inputs, "k0", axis=1)
+    y = graph.quantize(y, "k0q") if kernel.format == "int8" else y
+    _sink(graph, y, "", kernel.format, kernel.out_shape[0])
+    return Probe(kernel, graph.build(), graph.shape)
+
+
+def _pad(kernel: Kernel, batch: int, int8: Int8Format) -> Probe | None:
+    """Channel padding of a shortcut: the addition behind it can no longer be fused, which is part of the cost."""
+    if len(kernel.in_shape) != 3:
+        return None
+    graph = _start(kernel, batch, int8, kernel.in_shape[0])
+    before = [0, *((b - a) // 2 for a, b in zip(kernel.in_shape, kernel.out_shape, strict=True))]
+    after = [0, *(b - a - (b - a) // 2 for a, b in zip(kernel.in_shape, kernel.out_shape, strict=True))]
+    pads = graph.constant("pads", np.array(before + after, np.int64))
+    y = graph.node("Pad", ["x", pads], "k0")
+    if kernel.in_shape[1:] == kernel.out_shape[1:] and kernel.format != "int8":
+        branch = graph.conv("x", "h", (kernel.in_shape[0], kernel.out_shape[0]))
+        y = graph.activation(graph.node("Add", [branch, y], "k0add"), "k0", "relu")
+    _sink(graph, y, "", "float", kernel.out_shape[0])
+    return Probe(kernel, graph.build(), graph.shape)
+
+
+def _quantize(kernel: Kernel, batch: int, int8: Int8Format) -> Probe | None:
+    """The edge from float to int8 between two layers."""
+    channels = kernel.in_shape[0]
+    if len(kernel.in_shape) != 3:
+        return _flat_quantize(kernel, batch, int8)
+    image = channels <= 4
+    graph = _start(kernel, batch, int8, channels if image else HARNESS)
+    for i in range(REPEATS):
+        x = graph.activation("x" if image else graph.conv("x", f"h{i}", (HARNESS, channels)), f"h{i}", "relu")
+        x = graph.quantize(x, f"k{i}")
+        _sink(graph, x, str(i), "int8", channels)
+    return Probe(kernel, graph.build(), graph.shape, REPEATS)
+
+
+def _flat_quantize(kernel: Kernel, batch: int, int8: Int8Format) -> Probe:
+    """The edge in front of or behind an int8 linear layer: one node."""
+    graph = GraphBuilder((batch, *kernel.in_shape[::-1]), int8)
+    names = ("k0", "h0") if kernel.kind == "quantize" else ("h0", "k0")
+    graph.output(graph.quantize("x", *names))
+    return Probe(kernel, graph.build(), graph.shape, count_inserts=False)
+
+
+def _dequantize(kernel: Kernel, batch: int, int8: Int8Format) -> Probe | None:
+    """The edge from int8 to float between two layers."""
+    channels = kernel.in_shape[0]
+    if len(kernel.in_shape) != 3:
+        return _flat_quantize(kernel, batch, int8)
+    graph = _start(kernel, batch, int8)
+    x = graph.quantize("x", "hin")
+    for i in range(REPEATS):
+        y = graph.quantize(graph.conv(x, f"h{i}", (HARNESS, channels), form="int8"), f"k{i}")
+        _sink(graph, y, str(i), "float", channels)
+    return Probe(kernel, graph.build(), graph.shape, REPEATS)
+
+
+_MAKERS: dict[str, Callable[[Kernel, int, Int8Format], Probe | None]] = {
+    "conv": _conv,
+    "linear": _linear,
+    "add": _add,
+    "concat": _concat,
+    "pad": _pad,
+    "quantize": _quantize,
+    "dequantize": _dequantize,
+    "relu": _unary(_activation),
+    "activation": _unary(_activation),
+    "pool": _unary(_pool),
+    "global_pool": _unary(_global_pool, sink=False),
+    "slice": _unary(_slice, sink=False),
+    "batch_norm": _unary(_batch_norm),
+    "mul": _unary(_mul),
+}

@@ -1,0 +1,206 @@
+"""A device as data: what was measured on it, how, when and with what; and the latency it predicts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from autocompress.errors import UsageError
+from autocompress.files import write_json
+from autocompress.hwprofiles.builder import Int8Format
+from autocompress.hwprofiles.predict import Layout, Predictor
+from autocompress.types import Format, IntArray, Kernel, digest
+
+SCHEMA = 1
+_KERNEL_FIELDS = ("kind", "in_shape", "out_shape", "kernel", "stride", "groups", "format", "fused", "n_inputs")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One measured kernel: nanoseconds at the profile's batch and threads; ``interval`` is the half width of the 95 %
+    interval relative to ``ns``."""
+
+    kernel: Kernel
+    ns: float
+    interval: float = 0.0
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """What is known of a device; a ``LatencyModel``.
+
+    ``overhead_ns``: what one run costs beside its kernels (add it once a network). ``noise_floor``: median relative
+    difference of the same network timed twice in one round. ``int8_format``: the faster of the two forms of quantized
+    activations, with the times behind it in ``int8_evidence`` (ms). ``layout``: how channels are rounded. ``how``:
+    warm-up, rounds and what was left out. ``host``: CPU model, flags, cores, system.
+    """
+
+    name: str
+    device: str
+    runtime: str
+    runtime_version: str
+    threads: int
+    batch: int
+    measured_at: str
+    entries: tuple[Entry, ...]
+    overhead_ns: float = 0.0
+    noise_floor: float = 0.0
+    int8_format: Int8Format = "u8s8"
+    int8_evidence: Mapping[str, float] = field(default_factory=dict)
+    layout: Layout = field(default_factory=Layout)
+    host: Mapping[str, Any] = field(default_factory=dict)
+    how: Mapping[str, Any] = field(default_factory=dict)
+    provenance: str = "measured"
+
+    @cached_property
+    def _predictor(self) -> Predictor:
+        if not self.entries:
+            raise UsageError(f"A profile needs measured kernels to predict from; profile {self.name!r} has none.")
+        return Predictor(((e.kernel, e.ns) for e in self.entries), self.layout)
+
+    @cached_property
+    def hash(self) -> str:
+        """Of all its data: equal profiles predict equally."""
+        return digest(self.to_json())
+
+    def predict_ns(self, kernels: Sequence[Kernel]) -> IntArray:
+        """Latency of each kernel in nanoseconds, without ``overhead_ns``.  # (n_kernels,)
+
+        Exact where measured, else interpolated (``predict.py``). Families that were never measured are guessed from all
+        others: ask :meth:`explains`.
+        """
+        return np.fromiter((self._predictor(kernel) for kernel in kernels), np.int64, len(kernels))
+
+    def explains(self, kernels: Sequence[Kernel]) -> set[str]:
+        """Names of the families among ``kernels`` that were never measured here."""
+        return {" ".join(self.layout.family(k)) for k in kernels if not self._predictor.knows(k)}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, with the schema's version."""
+        data = {"schema": SCHEMA, **{k: v for k, v in self.__dict__.items() if not k.startswith("_") and k != "hash"}}
+        data["layout"] = asdict(self.layout)
+        data["entries"] = [_entry_to_json(entry) for entry in self.entries]
+        return {k: dict(v) if isinstance(v, Mapping) else v for k, v in data.items()}
+
+    @classmethod
+    def from_json(cls, data: Any, source: str = "the profile") -> HardwareProfile:
+        """Inverse of :meth:`to_json`; ``source`` names the file in errors. Raises ``UsageError``."""
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            found = data.get("schema") if isinstance(data, dict) else None
+            raise UsageError(f"A hardware profile has schema {SCHEMA}, {source} has {found!r}; measure it again.")
+        try:
+            profile = _read(data)
+        except KeyError as error:
+            raise UsageError(
+                f"A hardware profile needs the field {error}, which {source} lacks; measure it again."
+            ) from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UsageError(
+                f"Every field of a hardware profile must be usable, in {source} one is not: {error}."
+            ) from None
+        return profile
+
+    def save(self, path: Path | str) -> None:
+        """Write as JSON, atomically."""
+        write_json(Path(path), self.to_json())
+
+    @classmethod
+    def load(cls, path: Path | str) -> HardwareProfile:
+        """Read a profile file. Raises ``UsageError`` in one sentence when it is missing or unusable."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(f"Cannot read the hardware profile {path}: {error.strerror}.") from None
+        except ValueError as error:
+            raise UsageError(f"A hardware profile is a JSON file, {path} is not: {error}.") from None
+        return cls.from_json(data, str(path))
+
+
+def _entry_to_json(entry: Entry) -> dict[str, Any]:
+    fields = {name: getattr(entry.kernel, name) for name in _KERNEL_FIELDS}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()} | {
+        "ns": entry.ns,
+        "interval": entry.interval,
+    }
+
+
+def _number(data: Mapping[str, Any], key: str, least: float = 0.0) -> float:
+    value = data[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
+        raise ValueError(f"{key} is a number of at least {least:g}, got {value!r}")
+    return float(value)
+
+
+def _whole(data: Mapping[str, Any], key: str) -> int:
+    if _number(data, key, 1) % 1:
+        raise ValueError(f"{key} is a whole number, got {data[key]!r}")
+    return int(data[key])
+
+
+def _shape(data: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    values = data[key]
+    if not isinstance(values, list) or not values or not all(type(v) is int and v > 0 for v in values):
+        raise ValueError(f"{key} is a list of positive whole numbers, got {values!r}")
+    return tuple(values)
+
+
+def _pair(data: Mapping[str, Any], key: str) -> tuple[int, int]:
+    first, second = _shape(data, key)
+    return first, second
+
+
+def _choice(data: Mapping[str, Any], key: str, of: Any) -> Any:
+    if data[key] not in get_args(of):
+        raise ValueError(f"{key} is one of {', '.join(get_args(of))}, got {data[key]!r}")
+    return data[key]
+
+
+def _text(data: Mapping[str, Any], key: str) -> str:
+    if not isinstance(data[key], str):
+        raise ValueError(f"{key} is a text, got {data[key]!r}")
+    return str(data[key])
+
+
+def _read_entry(data: Mapping[str, Any]) -> Entry:
+    kernel = Kernel(
+        _text(data, "kind"),
+        _shape(data, "in_shape"),
+        _shape(data, "out_shape"),
+        _pair(data, "kernel"),
+        _pair(data, "stride"),
+        _whole(data, "groups"),
+        _choice(data, "format", Format),
+        _text(data, "fused"),
+        _whole(data, "n_inputs"),
+    )
+    ns = _number(data, "ns")
+    if ns == 0:
+        raise ValueError("ns is a positive number, got 0")
+    return Entry(kernel, ns, _number(data, "interval"))
+
+
+def _read(data: Mapping[str, Any]) -> HardwareProfile:
+    layout = Layout(_whole(data["layout"], "block"), _whole(data["layout"], "granule"))
+    return HardwareProfile(
+        **{
+            key: _text(data, key)
+            for key in ("name", "device", "runtime", "runtime_version", "measured_at", "provenance")
+        },
+        threads=_whole(data, "threads"),
+        batch=_whole(data, "batch"),
+        entries=tuple(_read_entry(entry) for entry in data["entries"]),
+        overhead_ns=_number(data, "overhead_ns"),
+        noise_floor=_number(data, "noise_floor"),
+        int8_format=_choice(data, "int8_format", Int8Format),
+        int8_evidence={key: _number(data["int8_evidence"], key) for key in data["int8_evidence"]},
+        layout=layout,
+        host=dict(data["host"]),
+        how=dict(data["how"]),
+    )

@@ -1,0 +1,333 @@
+"""The one way through: task -> sites -> database -> costs -> search -> refit -> recover -> export -> verify.
+
+``compress`` runs a request in a folder and can be killed at any moment: the database, the profile, every evaluation, refitted
+and distilled models and the state of the clock-dependent choices are on disk, so that the same call goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autocompress.deliver import Delivery, certified, choose, replay_command, timed
+from autocompress.errors import BudgetUnmet, Cancelled, InfeasibleBudget, UsageError
+from autocompress.evaluate import ModelEvaluator
+from autocompress.files import write_text
+from autocompress.models import Models
+from autocompress.prepare import Prepared, prepare, recovery_of
+from autocompress.report import make_result
+from autocompress.results import JobResult, Progress, Request, Stage
+from autocompress.search import CONTROLLERS, ParetoFront, check_feasible
+from autocompress.search import run as run_search
+from autocompress.tasks import Task
+from autocompress.types import METRICS, Budget, Evaluation, Ledger, Objective, Plan, Query
+
+DEFAULT_EVALUATIONS = 400
+REFITTED = 10
+"""Plans that are judged after sequential refit: the best under the budgets' costs, and a spread over the front."""
+RECOVERED = 4
+"""Plans that are distilled: those nearest the budgets (the ladder's K)."""
+SPARE = 0.98
+"""After predictions proved too low, the search aims this much below the corrected limit."""
+
+
+class _Stages:
+    """Progress ticks and wall time by stage."""
+
+    def __init__(self, progress: Callable[[Progress], None] | None) -> None:
+        self.progress, self.seconds = progress, {}
+        self.stage: Stage = "task"
+
+    @contextmanager
+    def at(self, stage: Stage, message: str = "") -> Iterator[None]:
+        self.stage, start = stage, time.perf_counter()
+        self.tick(0, None, message)
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def tick(self, done: int, total: int | None, message: str = "") -> None:
+        if self.progress:
+            self.progress(Progress(stage=self.stage, done=done, total=total, message=message))
+
+
+def compress(
+    request: Request,
+    out: Path,
+    *,
+    task: Task | None = None,
+    ledger: Ledger | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> JobResult:
+    """Run a request in the folder ``out``: request.json, result.json, model.onnx and certificate.json come to lie there.
+
+    ``task``: a task object instead of the request's spec. Raises :class:`InfeasibleBudget` before the search where that can
+    be known, :class:`BudgetUnmet` after everything is written when the measured plan misses a budget, :class:`Cancelled`
+    when stopped; every evaluation is kept then.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    stages = _Stages(progress)
+    torch.set_num_threads(request.threads or len(os.sched_getaffinity(0)))
+    try:
+        return _Run(request, out, task, ledger, stages, cancelled).go()
+    except KeyboardInterrupt:
+        raise Cancelled("Stopped; everything so far is kept, and the same command continues there.") from None
+
+
+class _Run:
+    """One request on its way; the steps of the module's first line, in order."""
+
+    def __init__(
+        self,
+        request: Request,
+        out: Path,
+        task: Task | None,
+        ledger: Ledger | None,
+        stages: _Stages,
+        cancelled: Callable[[], bool] | None,
+    ) -> None:
+        self.request, self.out, self.stages, self.cancelled = request, out, stages, cancelled
+        self.given_task, self.ledger = task, ledger
+        self.notes: list[str] = []
+
+    def go(self) -> JobResult:
+        self._prepare()
+        with self.stages.at("search", self.request.controller):
+            check_feasible(self.made.space, self.made.costs, self.budgets)
+            self._search(self.budgets)
+        deliveries = self._refit_and_measure()
+        if not any(self._holds(d) for d in deliveries):
+            deliveries = self._correct(deliveries)
+        deliveries += self._recover(deliveries)
+        return self._finish(deliveries)
+
+    # ------------------------------------------------------------ steps
+
+    def _prepare(self) -> None:
+        self.made: Prepared = prepare(self.request, self.out, self.given_task, self.stages, self.cancelled)
+        made = self.made
+        self.notes += made.notes
+        self.budgets = [b.absolute(made.dense_costs) for b in map(Budget.parse, self.request.budgets)]
+        recovery = recovery_of(self.request, made, self.out)
+        self.request = self.request.model_copy(update={"recover_steps": recovery.steps if recovery else 0})
+        write_text(self.out / "request.json", self.request.model_dump_json(indent=1))
+        settings = vars(recovery) if recovery else None
+        self.evaluator = ModelEvaluator(
+            made.database, made.costs, self.budgets, self.ledger, threads=torch.get_num_threads(), recovery_key=settings
+        )
+        self.models = Models(
+            made.database, self.out / "models", recovery, self.evaluator.reference, self.cancelled, self._distilling
+        )
+        self.evaluator.build = self.models.deployed
+        cost = next((b.key for b in self.budgets if not METRICS[b.metric].quality), "macs")
+        self.front = ParetoFront([Objective("loss"), Objective(cost)])
+
+    def _search(self, budgets: Sequence[Budget]) -> None:
+        controller = CONTROLLERS[self.request.controller](
+            self.made.space, self.made.costs, budgets, self.request.seed
+        )
+        limit = self.request.evaluations
+        if limit is None and self.request.minutes is None:
+            limit = DEFAULT_EVALUATIONS
+        outcome = run_search(
+            controller,
+            self.evaluator,
+            self.front,
+            evaluations=limit,
+            minutes=self.request.minutes,
+            on_progress=lambda done, total: self.stages.tick(done, total, self._best_so_far()),
+            cancelled=self.cancelled,
+        )
+        self.searched = getattr(self, "searched", 0) + outcome.n
+        dense = self.evaluator([Query(self.made.space.dense, "full")])
+        self.front.add(dense)
+
+    def _best_so_far(self) -> str:
+        best = self.front.best(fidelity="full")
+        if best is None:
+            return "no plan holds every budget yet"
+        return f"best drop {best.values['accuracy_drop']:.2f} points at {_short(best, self.front)}"
+
+    def _refit_and_measure(self) -> list[Delivery]:
+        """The candidates after sequential refit, exported and timed together."""
+        plans = self._candidates()
+        with self.stages.at("refit", f"{len(plans)} plans"):
+            judged: list[Evaluation] = []
+            for i, plan in enumerate(plans):
+                self.stages.tick(i, len(plans))
+                self._stop_if_cancelled("refitting")
+                judged += self.evaluator([Query(plan, "refitted")])
+            self.front.add(judged)
+        return self._timed(judged)
+
+    def _timed(self, judged: Sequence[Evaluation]) -> list[Delivery]:
+        with self.stages.at("export", f"{len(judged)} plans, to time them"):
+            return timed(judged, self.models, self.made, self.request, self.stages.tick, self.cancelled)
+
+    def _candidates(self) -> list[Plan]:
+        """Plans worth a refit: first those under the cost budgets with the best fitness, then along the whole front."""
+        hard = [b for b in self.budgets if not METRICS[b.metric].quality]
+        full = [e for e in self.front.evaluations("full") if e.plan != self.made.space.dense]
+        inside = [e for e in full if all(b.violation(e[b.key]) == 0 for b in hard)]
+        near = [e.plan for e in inside[: max(REFITTED // 2, REFITTED - 5)]]
+        line = [e.plan for e in self.front.at("full", feasible=False) if e.plan != self.made.space.dense]
+        count = min(len(line), REFITTED - len(near))
+        spread = [line[round(i * (len(line) - 1) / max(1, count - 1))] for i in range(count)]
+        return list(dict.fromkeys([*near, *spread])) or [e.plan for e in full[:1]]
+
+    def _holds(self, delivery: Delivery) -> bool:
+        """Whether every budget on costs holds, measured where it was measured; quality may still be recovered."""
+        return all(
+            b.violation(delivery.value(b.key)) == 0 for b in self.budgets if not METRICS[b.metric].quality
+        )
+
+    def _correct(self, deliveries: list[Delivery]) -> list[Delivery]:
+        """Predictions were too low for every candidate: correct them by what was measured, and search once more."""
+        ratio = max((d.measured[k] / d.evaluation.costs[k] for d in deliveries for k in d.measured), default=1.0)
+        tight = [
+            Budget(b.metric, b.limit * SPARE / ratio, False, b.device) if b.metric == "latency_ms" and ratio > 1 else b
+            for b in self.budgets
+        ]
+        if ratio <= 1:
+            return deliveries
+        self.notes.append(
+            f"Measured latency was up to {ratio - 1:.0%} above the prediction, so the search went on under a tighter limit."
+        )
+        with self.stages.at("search", "again, under the corrected latency"):
+            try:
+                check_feasible(self.made.space, self.made.costs, tight)
+            except InfeasibleBudget:
+                return deliveries
+            self._search(tight)
+        known = {d.evaluation.plan for d in deliveries}
+        inside = [
+            e
+            for e in self.front.evaluations("full")
+            if all(b.violation(e[b.key]) == 0 for b in tight if not METRICS[b.metric].quality)
+        ]
+        new = [e.plan for e in inside if e.plan not in known][:4]
+        with self.stages.at("refit", f"{len(new)} plans"):
+            judged = self.evaluator([Query(plan, "refitted") for plan in new])
+            self.front.add(judged)
+        return deliveries + self._timed(judged)
+
+    def _recover(self, deliveries: list[Delivery]) -> list[Delivery]:
+        """The plans nearest the budgets, distilled equally long and judged again."""
+        if self.models.recovery is None:
+            return []
+        inside = [d for d in deliveries if self._holds(d)] or deliveries
+        chosen = sorted(inside, key=lambda d: d.evaluation.values["loss"])[:RECOVERED]
+        judged: list[Evaluation] = []
+        with self.stages.at("recover", f"{len(chosen)} plans"):
+            for i, delivery in enumerate(chosen):
+                self.stages.tick(i, len(chosen), f"plan {i + 1} of {len(chosen)}")
+                judged += self.evaluator([Query(delivery.evaluation.plan, "recovered")])
+            self.front.add(judged)
+        measured = {d.evaluation.plan: d.measured for d in deliveries}
+        return [Delivery(e, measured[e.plan]) for e in judged]
+
+    def _distilling(self, done: int, total: int) -> None:
+        self.stages.tick(done, total, "distilling")
+
+    def _finish(self, deliveries: list[Delivery]) -> JobResult:
+        holding = [d for d in deliveries if self._holds(d) and self._quality_holds(d)]
+        best = min(holding, key=self._preference, default=None)
+        nearest = best or min(deliveries, key=lambda d: (self._violation(d), d.evaluation.values["loss"]))
+        result = self._write(deliveries, best)
+        with self.stages.at("export"):
+            replay = replay_command(self.request, self.out)
+            delivered = certified(nearest.evaluation, self.models, self.made, self.out / "model.onnx", self.request, replay,
+                                   lambda: self.stages.at("verify"))  # fmt: skip
+        self.notes += delivered.statements
+        failed = [check for check in delivered.budgets if check.holds is False]
+        result = self._write(deliveries, best if not failed else None)
+        if best is None or failed:
+            reasons = " ".join(check.sentence for check in failed) or "No plan holds every budget on the search split."
+            raise BudgetUnmet(
+                f"{reasons} The nearest plan is in {self.out / 'model.onnx'}; raise the limit, allow more methods, "
+                "or search longer."
+            )
+        return result
+
+    def _write(self, deliveries: list[Delivery], best: Delivery | None) -> JobResult:
+        result = make_result(
+            self.request, self.made, self.front, deliveries, best, self.budgets, self.stages.seconds, self.searched, self.notes
+        )
+        write_text(self.out / "result.json", result.model_dump_json(indent=1))
+        return result
+
+    # ------------------------------------------------------------ judging
+
+    def _preference(self, delivery: Delivery) -> tuple[float, ...]:
+        """The best fitness; when only quality is budgeted, the cheapest."""
+        if all(METRICS[b.metric].quality for b in self.budgets):
+            return (delivery.value("macs"), delivery.evaluation.values["loss"])
+        return (delivery.evaluation.values["loss"],)
+
+    def _quality_holds(self, delivery: Delivery) -> bool:
+        return all(b.violation(delivery.value(b.key)) == 0 for b in self.budgets if METRICS[b.metric].quality)
+
+    def _violation(self, delivery: Delivery) -> float:
+        return sum(b.violation(delivery.value(b.key)) for b in self.budgets)
+
+    def _stop_if_cancelled(self, what: str) -> None:
+        if self.cancelled and self.cancelled():
+            raise Cancelled(f"Stopped while {what}; everything evaluated so far is kept.")
+
+
+def _short(evaluation: Evaluation, front: ParetoFront) -> str:
+    key = front.objectives[-1].key
+    metric = METRICS[key.partition("@")[0]]
+    return f"{evaluation.costs[key]:.4g} {metric.unit or metric.name}"
+
+
+def export(
+    folder: Path,
+    pick: str,
+    out: Path | None = None,
+    *,
+    task: Task | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
+    """Write one plan of a finished run as a verified ONNX file; see :func:`deliver.choose` for ``pick``.
+
+    Returns ``onnx``, ``certificate`` and ``statements``. Raises :class:`UsageError` when the run has no such plan.
+    """
+    try:
+        result = JobResult.model_validate_json((folder / "result.json").read_bytes())
+    except OSError as error:
+        raise UsageError(f"{folder} holds no result.json; run the job first.") from error
+    request = result.request
+    if request is None:
+        raise UsageError(f"{folder / 'result.json'} does not say what was asked; run the job again.")
+    stages = _Stages(progress)
+    torch.set_num_threads(request.threads or len(os.sched_getaffinity(0)))
+    run = _Run(request, folder, task, None, stages, cancelled)
+    run._prepare()
+    point = choose(result, pick)
+    path = out or folder / f"{point.id}.onnx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plan = run.made.space.plan_from_json(point.levels)
+    evaluation = Evaluation(plan, point.fidelity, point.values, point.costs, point.violation)
+    replay = f"{replay_command(request, folder)} && autocompress export {folder} --pick {point.id} --out {path}"
+    with stages.at("export", point.id):
+        delivered = certified(evaluation, run.models, run.made, path, request, replay, lambda: stages.at("verify"))
+    return {
+        "onnx": str(path),
+        "certificate": str(path.with_name("certificate.json")),
+        "plan": point.id,
+        "holds": delivered.holds,
+        "statements": list(delivered.statements),
+    }
+
+
+__all__ = ["compress", "export"]

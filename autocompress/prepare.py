@@ -1,0 +1,179 @@
+"""What a run stands on before it searches: task, graph, space, database, the original's ONNX file, profiles, costs."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from autocompress.costs import CostModel
+from autocompress.database import LevelDatabase
+from autocompress.deploy import deploy
+from autocompress.errors import Cancelled, UnknownName
+from autocompress.export import export_onnx
+from autocompress.files import cache_dir, write_json
+from autocompress.graph import Graph, trace
+from autocompress.hwprofiles import HardwareProfile, known_profiles, load_profile, measure_local, measure_ms
+from autocompress.onnx_file import Artifact, sha256_of
+from autocompress.recover import Recovery, recover
+from autocompress.results import Request
+from autocompress.space import make_space
+from autocompress.tasks import Task, check, load_task
+from autocompress.types import Budget, Kernel, Plan, SearchSpace
+
+LOCAL_SECONDS = 45
+"""Time to measure this model's shapes when ``local`` has no profile yet."""
+SCALE_SECONDS = 3
+EXAMPLES = 32
+
+
+class Ticker(Protocol):
+    """What stages of a run look like from here."""
+
+    def at(self, stage: Any, message: str = "") -> Any: ...
+
+    def tick(self, done: int, total: int | None, message: str = "") -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Everything a search needs; ``original`` is the uncompressed model's ONNX file, exported the same way."""
+
+    task: Task
+    graph: Graph
+    space: SearchSpace
+    database: LevelDatabase
+    costs: CostModel
+    original: Artifact
+    profiles: Mapping[str, HardwareProfile]
+    dense_costs: Mapping[str, float]
+    notes: tuple[str, ...]
+
+    @property
+    def int8_format(self) -> Any:
+        """The int8 form that is fast on the first device, or the usual one."""
+        return next((p.int8_format for p in self.profiles.values()), "u8s8")
+
+
+def prepare(
+    request: Request, out: Path, given: Task | None, stages: Ticker, cancelled: Callable[[], bool] | None
+) -> Prepared:
+    """All of it, from the caches where it was made before."""
+    with stages.at("task", request.task):
+        task = given or load_task(request.task, request.data, request.seed)
+        if given is not None:
+            check(task)
+    with stages.at("graph"):
+        graph = trace(task.model, task.example_inputs)
+        space = make_space(graph, request.methods, request.importance)
+    with stages.at("database"):
+        database = LevelDatabase(graph, space, task, cache_dir() / "databases", seed=request.seed)
+        database.build(lambda done, total: stages.tick(done, total), cancelled)
+    with stages.at("export", "the original"):
+        original = _original(database, out)
+    devices = list(dict.fromkeys(d for b in map(Budget.parse, request.budgets) if (d := b.device) is not None))
+    profiles = {}
+    for device in devices:
+        with stages.at("profile", device):
+            profiles[device] = _profile(device, request, graph, space, out, Path(original.path), stages)
+    if cancelled and cancelled():
+        raise Cancelled("Stopped before the search; what was prepared is kept.")
+    costs = CostModel(graph, space, profiles, original.bytes)
+    dense = costs.in_units(space.dense)
+    return Prepared(task, graph, space, database, costs, original, profiles, dense, _notes(graph, request))
+
+
+def _notes(graph: Graph, request: Request) -> tuple[str, ...]:
+    if "channels" not in request.methods:
+        return ()
+    return tuple(f"Channels of {name} are not pruned: {why}." for name, why in graph.refused.items())
+
+
+def _original(database: LevelDatabase, out: Path) -> Artifact:
+    """The uncompressed model as ONNX, made once a folder."""
+    path, record = out / "original.onnx", out / "original.json"
+    if path.exists() and record.exists():
+        stored = json.loads(record.read_text())
+        if stored["task"] == database.task.hash and stored["artifact"]["sha256"] == sha256_of(path):
+            return Artifact(**{**stored["artifact"], "path": str(path)})
+    task = database.task
+    examples = task.inputs(task.calibration.take(EXAMPLES))
+    artifact = export_onnx(deploy(database.stitch(database.space.dense)), examples, path)
+    write_json(record, {"task": task.hash, "artifact": vars(artifact)})
+    return artifact
+
+
+def _profile(
+    device: str, request: Request, graph: Graph, space: SearchSpace, out: Path, original: Path, stages: Ticker
+) -> HardwareProfile:
+    """The named file, a stored profile, or, for ``local``, this model's shapes measured now."""
+    if device in request.profiles:
+        return load_profile(request.profiles[device])
+    mine = out / f"profile_{device}.json"
+    if mine.exists():
+        return load_profile(mine)
+    if device != "local":
+        if device not in known_profiles():
+            raise UnknownName("profile", device, [*known_profiles(), "local"])
+        return load_profile(device)
+    kernels = kernels_of(graph, space)
+    measured = measure_local(
+        kernels, batch=request.batch, seconds=LOCAL_SECONDS, progress=lambda done, total: stages.tick(done, total, device)
+    )
+    measured = _scaled(measured, original, graph, space)
+    measured.save(mine)
+    return measured
+
+
+def kernels_of(graph: Graph, space: SearchSpace, samples: int = 200, seed: int = 0) -> list[Kernel]:
+    """Kernels of this model that a search is likely to ask for: every one-site plan, and random plans."""
+    model = CostModel(graph, space, {})
+    rng = random.Random(seed)
+    plans: list[Plan] = [space.dense]
+    for site, levels in enumerate(space.levels):
+        plans += [(*space.dense[:site], level, *space.dense[site + 1 :]) for level in range(1, len(levels))]
+    plans += [space.sample(rng) for _ in range(samples)]
+    return model.all_kernels(plans)
+
+
+def _scaled(profile: HardwareProfile, original: Path, graph: Graph, space: SearchSpace) -> HardwareProfile:
+    """The profile with all times brought to what the whole original model takes on this machine."""
+    timing = measure_ms([original], original, batch=profile.batch, threads=profile.threads, seconds=SCALE_SECONDS)[0]
+    predicted = CostModel(graph, space, {"local": profile}).in_units(space.dense)["latency_ms@local"]
+    scale = timing.reference_ms / predicted
+    entries = tuple(replace(entry, ns=max(1, round(entry.ns * scale))) for entry in profile.entries)
+    how = {**profile.how, "scaled_to_original": round(scale, 4)}
+    return replace(profile, entries=entries, overhead_ns=round(profile.overhead_ns * scale), how=how)
+
+
+def recovery_of(request: Request, made: Prepared, out: Path) -> Recovery | None:
+    """How plans are distilled: the steps that fit into the minutes asked for on this machine, decided once a folder."""
+    if made.task.train is None or request.recover_minutes <= 0 and not request.recover_steps:
+        return None
+    if request.recover_steps == 0:
+        return None
+    steps, record = request.recover_steps, out / "recovery.json"
+    if steps is None and record.exists():
+        steps = int(json.loads(record.read_text())["steps"])
+    if steps is None:
+        per_step = _seconds_per_step(made, request.seed)
+        steps = max(20, int(60 * request.recover_minutes / per_step) // 10 * 10)
+        write_json(record, {"steps": steps, "seconds_per_step": per_step})
+    return Recovery(steps=steps, seed=request.seed)
+
+
+def _seconds_per_step(made: Prepared, seed: int) -> float:
+    """How long one step of distillation takes on the original model: no plan is slower."""
+    small = replace(made.task, search=made.task.search.take(1))
+    with torch.no_grad():
+        reference = made.graph.module(small.inputs(small.search))
+    live, trial = made.database.stitch(made.space.dense), Recovery(steps=6, checks=1, seed=seed)
+    start = time.perf_counter()
+    recover(live, made.graph.module, small, trial, reference)
+    return (time.perf_counter() - start) / trial.steps

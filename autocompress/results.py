@@ -1,0 +1,137 @@
+"""What a job is asked and what it answers, as JSON: the store keeps it, the command line and the dashboard show it.
+
+Knows nothing of torch or ONNX.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from autocompress.types import Fidelity, digest
+
+Stage = Literal["task", "graph", "database", "profile", "search", "refit", "recover", "export", "verify"]
+STAGES: tuple[Stage, ...] = ("task", "graph", "database", "profile", "search", "refit", "recover", "export", "verify")
+
+METHOD_FAMILIES = ("channels", "blocks", "lowrank", "int8", "w8", "w4")
+"""The families a search may use; ``--methods`` picks some of them."""
+
+
+Importance = Literal["l2", "taylor", "obs"]
+"""How the channels of a group are ordered; see ``methods/pruning.py``."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Request(_Record):
+    """One compression job: everything that decides its outcome. The resolved request lies beside the result."""
+
+    task: str
+    data: tuple[str, ...] = ()
+    budgets: tuple[str, ...]
+    controller: str = "evolution"
+    evaluations: int | None = None
+    minutes: float | None = None
+    seed: int = 0
+    methods: tuple[str, ...] = METHOD_FAMILIES
+    importance: Importance = "obs"
+    profiles: dict[str, str] = Field(default_factory=dict)
+    """Device name in a budget -> profile file; a device without one is a shipped profile or ``local``."""
+    recover_minutes: float = 2.0
+    """Distillation time of each recovered plan, in minutes of this machine; 0 turns recovery off."""
+    recover_steps: int | None = None
+    """Distillation steps of each recovered plan; ``None`` takes what fits into ``recover_minutes``. A replay gives them."""
+    batch: int = 1
+    """Batch size at which latency is predicted and measured."""
+    threads: int = 0
+    """Threads for evaluation; 0 takes the cores this process may use. Latency is measured with 1 unless a profile says more."""
+
+    @property
+    def hash(self) -> str:
+        return digest(self.model_dump(mode="json"))
+
+
+class Progress(_Record):
+    """One tick of a running job, for progress bars. ``total`` is ``None`` while unknown."""
+
+    stage: Stage
+    done: int = 0
+    total: int | None = None
+    message: str = ""
+
+
+class OpRow(_Record):
+    """One executed operator of a plan: predicted time, and measured time where the plan was exported and profiled."""
+
+    name: str
+    kind: str
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    format: str
+    predicted_ms: dict[str, float] = Field(default_factory=dict)
+
+
+class SiteRow(_Record):
+    name: str
+    kind: str
+    members: tuple[str, ...]
+    width: int
+    macs: int
+    params: int
+
+
+class BudgetRow(_Record):
+    text: str
+    key: str
+    limit: float
+    """Absolute, in the metric's unit."""
+
+
+class Point(_Record):
+    """One judged plan. ``id`` is the plan's hash; ``plan`` maps site -> label of its level, dense sites left out."""
+
+    id: str
+    plan: dict[str, str]
+    levels: dict[str, str]
+    fidelity: Fidelity
+    values: dict[str, float]
+    costs: dict[str, float]
+    measured: dict[str, float] = Field(default_factory=dict)
+    """Measured costs by key, for example ``latency_ms@local``; only for points that were exported and timed."""
+    violation: float = 0.0
+    feasible: bool = True
+    on_front: bool = False
+    ops: tuple[OpRow, ...] = ()
+
+
+class JobResult(_Record):
+    """The outcome of a compress job; ``points`` holds every rung's evaluations of interest, the front's among them."""
+
+    task: str
+    metric_name: str
+    higher_is_better: bool
+    original: Point
+    budgets: tuple[BudgetRow, ...]
+    objectives: tuple[str, ...]
+    """Keys of the front's axes, for example ``("loss", "latency_ms@local")``; all are minimized."""
+    sites: tuple[SiteRow, ...]
+    points: tuple[Point, ...]
+    hypervolume: float | None = None
+    best: str | None = None
+    """Id of the plan that was exported: the best that holds every budget."""
+    evaluations: int = 0
+    seconds: dict[str, float] = Field(default_factory=dict)
+    """Wall time by stage."""
+    devices: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    """Sentences a person must read: refused layers, missed budgets, plans that are smaller but not faster."""
+    request: Request | None = None
+
+    def point(self, point_id: str) -> Point:
+        for point in (self.original, *self.points):
+            if point.id == point_id or point.id.startswith(point_id):
+                return point
+        raise KeyError(point_id)

@@ -1,0 +1,29 @@
+"""Search over compression plans: controllers behind ask and tell, the Pareto front, feasibility of budgets.
+
+Knows spaces, cost tables and evaluations; never a model, never a device.
+"""
+
+from __future__ import annotations
+
+from autocompress.search.base import CONTROLLERS, BaseController
+from autocompress.search.evolution import Evolution
+from autocompress.search.exact import Exact
+from autocompress.search.feasible import check_feasible, lower_bounds
+from autocompress.search.front import ParetoFront
+from autocompress.search.random_ import Random
+from autocompress.search.run import SearchOutcome, run
+from autocompress.search.uniform import Uniform
+
+__all__ = [
+    "CONTROLLERS",
+    "BaseController",
+    "Evolution",
+    "Exact",
+    "ParetoFront",
+    "Random",
+    "SearchOutcome",
+    "Uniform",
+    "check_feasible",
+    "lower_bounds",
+    "run",
+]

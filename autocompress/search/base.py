@@ -1,0 +1,167 @@
+"""What all controllers share: ask and tell with their checks, one seeded generator, state as JSON.
+
+An algorithm is written as a coroutine, :meth:`BaseController._search`: it yields a group of queries and is sent their
+evaluations. ``ask`` hands a group out in portions, so the path of a search depends neither on the size of the portions nor on
+how many evaluations it will be given: a longer search begins with the shorter one. The state is what was told; loading it
+replays the coroutine, without solving anything again.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, cast
+
+from autocompress.errors import UsageError
+from autocompress.registry import Registry
+from autocompress.search.tables import CostTables, Limits, cost_limits
+from autocompress.types import FIDELITIES, Budget, Controller, Costs, Evaluation, Fidelity, Plan, Query, SearchSpace
+
+Asking = Generator[list[Query], list[Evaluation], Any]
+Answers = Generator[list[Query], list[Evaluation], list[Evaluation]]
+
+CONTROLLERS: Registry[Callable[[SearchSpace, Costs, Sequence[Budget], int], Controller]] = Registry("controller")
+"""Name of ``--controller`` -> what builds it from ``(space, costs, budgets, seed)``."""
+
+
+def fitness(evaluation: Evaluation) -> float:
+    """The loss, infinite where it is missing or not a number."""
+    loss = evaluation.values.get("loss", math.nan)
+    return loss if math.isfinite(loss) else math.inf
+
+
+class BaseController(ABC):
+    """A controller; subclasses write ``_search``. ``budgets`` are absolute, quality budgets come back as violations."""
+
+    def __init__(self, space: SearchSpace, costs: Costs, budgets: Sequence[Budget], seed: int = 0) -> None:
+        self.space, self.costs, self.budgets, self.seed = space, costs, tuple(budgets), seed
+        self.limits: Limits = cost_limits(space, costs, budgets)
+        self.tables = CostTables(space, costs, self.limits.columns)
+        self.rng = random.Random(seed)
+        self.seen: dict[tuple[Fidelity, Plan], Evaluation] = {}
+        self._decisions: list[list[int] | None] = []
+        self._recalled: list[list[int] | None] = []
+        self._asked: list[Query] = []
+        self._group: list[Query] = []
+        self._answers: list[Evaluation] = []
+        self._told = self._over = False
+        self._steps: Asking = self._search()
+
+    @abstractmethod
+    def _search(self) -> Asking:
+        """The algorithm: yields groups of queries, is sent their evaluations, returns when the search is over."""
+
+    def ask(self, n: int) -> list[Query]:
+        """At most ``n`` plans to be judged next; an empty list says that the search is over."""
+        if n < 1:
+            raise UsageError(f"ask() takes a positive number of plans, got {n}.")
+        if self._asked:
+            raise UsageError(f"{len(self._asked)} plans were asked and not told; call tell() before the next ask().")
+        while len(self._answers) == len(self._group) and not self._over:
+            try:
+                # the first send of a coroutine must be None
+                sent = cast(list[Evaluation], self._answers if self._told else None)
+                self._group, self._answers = self._steps.send(sent), []
+                self._told = True
+            except StopIteration:
+                self._group, self._answers, self._over = [], [], True
+        start = len(self._answers)
+        self._asked = self._group[start : start + n]
+        return list(self._asked)
+
+    def tell(self, evaluations: Sequence[Evaluation]) -> None:
+        """The answers to the last :meth:`ask`, in its order. A loss that is not a number counts as infeasible."""
+        wanted = [(q.plan, q.fidelity) for q in self._asked]
+        if [(e.plan, e.fidelity) for e in evaluations] != wanted:
+            raise UsageError(
+                f"tell() takes the answers to the last ask() in its order: {len(wanted)} plans were asked, "
+                f"got {len(evaluations)} or other ones."
+            )
+        for evaluation in evaluations:
+            self.seen[evaluation.fidelity, evaluation.plan] = evaluation
+        self._answers.extend(evaluations)
+        self._asked = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on in another process, as JSON values: what was asked and not told is asked again."""
+        return {
+            "space": self.space.hash,
+            "budgets": [str(budget) for budget in self.budgets],
+            "seed": self.seed,
+            "rng": _rng_to_json(self.rng),
+            "told": [_to_json(e) for e in self.seen.values()],
+            "decisions": list(self._decisions),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken; the controller was built with the same space, budgets and seed."""
+        for name, mine in (
+            ("space", self.space.hash),
+            ("budgets", [str(b) for b in self.budgets]),
+            ("seed", self.seed),
+        ):
+            if state[name] != mine:
+                raise UsageError(
+                    f"This search state has {name} {state[name]!r}, the controller {mine!r}; build it alike."
+                )
+        told = [_from_json(item) for item in state["told"]]
+        self._restart()
+        self._recalled = list(state["decisions"])
+        while told:
+            queries = self.ask(len(told))
+            answers, told = told[: len(queries)], told[len(queries) :]
+            if not queries or [(q.plan, q.fidelity) for q in queries] != [(e.plan, e.fidelity) for e in answers]:
+                raise UsageError("This search state was made by another controller or version; start the search anew.")
+            self.tell(answers)
+        if not self._recalled and _rng_to_json(self.rng) == state["rng"]:
+            return
+        self.ask(1)  # the state was taken after an ask whose answers were not told
+        self._asked = []
+        if self._recalled or _rng_to_json(self.rng) != state["rng"]:
+            raise UsageError("This search state was made by another controller or version; start the search anew.")
+
+    def _restart(self) -> None:
+        self.rng = random.Random(self.seed)
+        self.seen, self._decisions, self._recalled = {}, [], []
+        self._asked, self._group, self._answers = [], [], []
+        self._told = self._over = False
+        self._steps = self._search()
+
+    def _decide(self, solve: Callable[[], Plan | None]) -> Plan | None:
+        """The plan that ``solve`` finds; kept in the state, so that a replay does not compute it again."""
+        plan = self._recalled.pop(0) if self._recalled else solve()
+        self._decisions.append(None if plan is None else list(plan))
+        return None if plan is None else tuple(plan)
+
+    def _judge(self, plans: Sequence[Plan], fidelity: Fidelity) -> Answers:
+        """Evaluations of plans; those already told are not asked again. Full queries within the limits name the budget."""
+        fresh = [p for p in dict.fromkeys(plans) if (fidelity, p) not in self.seen]
+        if fresh:
+            budget = next((i for i in self.limits.budgets if i >= 0), None) if fidelity == "full" else None
+            within = self.tables.fits(fresh, self.limits.limit)
+            yield [Query(p, fidelity, budget if ok else None) for p, ok in zip(fresh, within, strict=True)]
+        return [self.seen[fidelity, p] for p in plans]
+
+
+def _rng_to_json(rng: random.Random) -> list[Any]:
+    version, words, gauss = rng.getstate()
+    return [version, list(words), gauss]
+
+
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def _to_json(e: Evaluation) -> list[Any]:
+    values, costs = ({k: _number(v) for k, v in numbers.items()} for numbers in (e.values, e.costs))
+    return [list(e.plan), e.fidelity, values, costs, _number(e.violation), e.seconds]
+
+
+def _from_json(item: Sequence[Any]) -> Evaluation:
+    plan, fidelity, values, costs, violation, seconds = item
+    if fidelity not in FIDELITIES:
+        raise UsageError(f"This search state has an unknown fidelity {fidelity!r}; start the search anew.")
+    values, costs = ({k: float(v) for k, v in numbers.items()} for numbers in (values, costs))
+    return Evaluation(tuple(plan), fidelity, values, costs, float(violation), seconds)

@@ -1,0 +1,93 @@
+"""Sites x methods -> the search space of a model.
+
+Group sites say *which* channels and blocks live, layer sites say *how* a surviving weight is stored and run, so methods
+compose without a product space a layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+from torch import nn
+
+from autocompress.errors import UnknownName, UsageError
+from autocompress.graph import Graph, Layer
+from autocompress.methods import BlockDrop, LowRank, StaticInt8, WeightQuant
+from autocompress.methods.pruning import width_levels
+from autocompress.results import METHOD_FAMILIES, Importance
+from autocompress.types import Level, SearchSpace, Site
+
+MIN_FACTORED = 1024
+"""Layers with fewer weights get no low-rank levels: two tiny operators cost more than one."""
+GROUP_4BIT = 32
+
+
+def make_space(
+    graph: Graph, families: Collection[str] = METHOD_FAMILIES, importance: Importance = "obs"
+) -> SearchSpace:
+    """The space of the chosen families; raises if nothing is left to choose."""
+    for family in families:
+        if family not in METHOD_FAMILIES:
+            raise UnknownName("method family", family, METHOD_FAMILIES)
+    found: list[tuple[Site, tuple[Level, ...]]] = []
+    if "channels" in families:
+        for group in graph.groups:
+            levels = width_levels(len(group.classes), importance)
+            members = tuple(dict.fromkeys((*group.producers, *group.consumers)))
+            macs, params = _totals(graph, group.producers)
+            site = Site(f"channels:{group.name}", "channels", members, len(group.classes), (), macs, params)
+            found.append((site, levels))
+    if "blocks" in families:
+        for block in graph.blocks:
+            members = tuple(layer.name for layer in graph.layers.values() if layer.node in block.body)
+            macs, params = _totals(graph, members)
+            site = Site(f"block:{block.name}", "block", members, 1, (), macs, params)
+            found.append((site, (Level(), Level((BlockDrop(),)))))
+    for layer in graph.layers.values():
+        macs, params = _totals(graph, (layer.name,))
+        shape = tuple(_weight(graph, layer).shape)
+        site = Site(f"layer:{layer.name}", "layer", (layer.name,), 1, shape, macs, params)
+        found.append((site, layer_levels(graph, layer, families)))
+    found = [(site, levels) for site, levels in found if len(levels) > 1]
+    if not found:
+        raise UsageError(
+            f"The methods {', '.join(families)} find nothing to choose in this model "
+            f"({len(graph.layers)} convolution and linear layers); allow more of {', '.join(METHOD_FAMILIES)}."
+        )
+    return SearchSpace(tuple(site for site, _ in found), tuple(levels for _, levels in found))
+
+
+def layer_levels(graph: Graph, layer: Layer, families: Collection[str]) -> tuple[Level, ...]:
+    """(rank, format) choices of one layer, dense first."""
+    module = graph.module.get_submodule(layer.name)
+    levels = [Level()]
+    factored: list[LowRank] = []
+    if "lowrank" in families and not layer.depthwise and _weight(graph, layer).numel() >= MIN_FACTORED:
+        factored = [LowRank(0.5), LowRank(0.25)]
+        if isinstance(module, nn.Conv2d) and min(module.kernel_size) > 1 and not isinstance(module.padding, str):
+            factored.append(LowRank(0.5, "spatial"))
+        levels += [Level((method,)) for method in factored]
+    if "int8" in families:
+        levels.append(Level((StaticInt8(),)))
+        levels += [Level((method, StaticInt8())) for method in factored[:1]]
+    if "w8" in families:
+        levels.append(Level((WeightQuant(8),)))
+    if "w4" in families:
+        levels.append(Level((WeightQuant(4, GROUP_4BIT),)))
+    return tuple(levels)
+
+
+def _weight(graph: Graph, layer: Layer):  # type: ignore[no-untyped-def]
+    return graph.module.get_submodule(layer.name).weight
+
+
+def _totals(graph: Graph, names: Collection[str]) -> tuple[int, int]:
+    """MACs and parameters of the dense layers, for one example."""
+    macs = params = 0
+    for name in names:
+        weight, shape = _weight(graph, graph.layers[name]), graph.values[graph.layers[name].node].shape
+        positions = math.prod(shape[2:]) if len(shape) == 4 else math.prod(shape[1:-1])
+        macs += weight.numel() * positions
+        params += weight.numel()
+    return macs, params

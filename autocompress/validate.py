@@ -1,0 +1,137 @@
+"""Judges a request before anything heavy is loaded: every name, number, file and folder in it, one sentence for the first
+that cannot be used. The command line and the Python facade both ask here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from autocompress.errors import UnknownName, UsageError
+from autocompress.results import METHOD_FAMILIES, Request
+from autocompress.types import Budget
+
+
+def make_request(fields: Mapping[str, Any]) -> Request:
+    """A :class:`Request` from its fields, with budgets in their normal form and absolute paths.
+
+    Raises ``UsageError`` (``UnknownName`` with the nearest spelling) in one sentence.
+    """
+    for name in fields:
+        if name not in Request.model_fields:
+            raise UnknownName("option", name, Request.model_fields)
+    try:
+        request = Request.model_validate(dict(fields))
+    except ValidationError as error:
+        raise UsageError(_sentence(error)) from None
+    budgets = budgets_of(request.budgets)
+    _numbers(request)
+    _names(request)
+    folders = folders_of(request.data)
+    profiles = _profiles(request.profiles, budgets)
+    _devices(budgets, profiles)
+    texts = tuple(str(budget) for budget in budgets)
+    task = _task(request.task)
+    return request.model_copy(update={"task": task, "budgets": texts, "data": folders, "profiles": profiles})
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if name == "importance":
+        return f"Unknown importance {first['input']!r}; known: l2, taylor."
+    return f"{name}: {first['msg'].lower()}, got {first['input']!r}."
+
+
+def budgets_of(texts: Iterable[str]) -> list[Budget]:
+    budgets = [Budget.parse(text) for text in texts]
+    if not budgets:
+        raise UsageError("A search needs at least one budget, for example --budget 'latency_ms<=50%@local' (quoted).")
+    keys = [budget.key for budget in budgets]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UsageError(f"One limit for each quantity: {key} has {keys.count(key)}; keep the stricter one.")
+    return budgets
+
+
+def _numbers(request: Request) -> None:
+    if request.evaluations is not None and request.minutes is not None:
+        raise UsageError("A search stops by --evaluations or by --minutes, not by both; leave one out.")
+    lower = {"evaluations": 1, "batch": 1, "threads": 0, "recover_minutes": 0, "recover_steps": 0, "seed": 0}
+    for name, least in lower.items():
+        value = getattr(request, name)
+        if value is not None and not (math.isfinite(value) and value >= least):
+            raise UsageError(f"--{name.replace('_', '-')} is {least} or more, got {value:g}.")
+    if request.minutes is not None and not (math.isfinite(request.minutes) and request.minutes > 0):
+        raise UsageError(f"--minutes is more than 0, got {request.minutes:g}.")
+
+
+def _names(request: Request) -> None:
+    from autocompress.search import CONTROLLERS
+
+    CONTROLLERS[request.controller]  # an unknown one raises
+    if not request.methods:
+        raise UsageError(f"--methods names at least one family out of {', '.join(METHOD_FAMILIES)}.")
+    for name in request.methods:
+        if name not in METHOD_FAMILIES:
+            raise UnknownName("method family", name, METHOD_FAMILIES)
+
+
+def _task(spec: str) -> str:
+    """A factory's file gets its absolute path, so that a worker elsewhere finds it; other names must be known."""
+    place, colon, name = spec.rpartition(":")
+    path = Path(place or spec).expanduser()
+    if path.suffix == ".py":
+        if not path.is_file():
+            raise UsageError(f"A task file must exist, got {str(path)!r}.")
+        if not colon or not name.isidentifier():
+            raise UsageError(f"A task file is named with its factory, got {spec!r}; write '{path}:factory'.")
+        return f"{path.resolve()}:{name}"
+    from autocompress.tasks import known_tasks  # torch: that is why this is judged last
+
+    top = place.partition(".")[0]
+    if spec not in known_tasks() and not (top.isidentifier() and PathFinder.find_spec(top, [os.getcwd(), *sys.path])):
+        hint = "Your own task is written 'path/to/file.py:factory' or 'package.module:factory'."
+        raise UnknownName("task", spec, known_tasks(), hint)
+    return spec
+
+
+def folders_of(folders: Iterable[str]) -> tuple[str, ...]:
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise UsageError(f"--data takes a folder that exists, got {folder!r}.")
+    return tuple(str(Path(folder).resolve()) for folder in folders)
+
+
+def _devices(budgets: Iterable[Budget], profiles: Mapping[str, str]) -> None:
+    """Every device has a profile: given, shipped or measured; this machine's is measured on demand."""
+    wanted = {budget.device for budget in budgets if budget.device} - {"local", *profiles}
+    if wanted:
+        from autocompress.hwprofiles import load_profile
+
+        for device in sorted(wanted):
+            load_profile(device)  # an unknown or damaged one raises
+
+
+def _profiles(profiles: Mapping[str, str], budgets: Iterable[Budget]) -> dict[str, str]:
+    """Device -> absolute path. A profile that no budget asks for is refused: it would be forgotten in silence."""
+    devices = {budget.device for budget in budgets if budget.device}
+    if profiles:
+        from autocompress.hwprofiles import HardwareProfile
+    for name, path in profiles.items():
+        if name not in devices:
+            near = difflib.get_close_matches(name, devices, n=1)
+            way = f"did you mean {near[0]!r}?" if near else f"add for example --budget 'latency_ms<=50%@{name}'."
+            raise UsageError(f"No budget asks for device {name!r} of --profile {name}={path}; {way}")
+        if not Path(path).is_file():
+            raise UsageError(f"--profile {name} takes a file that exists, got {path!r}; 'profile measure' writes one.")
+        HardwareProfile.load(path)  # a damaged one raises
+    return {name: str(Path(path).resolve()) for name, path in profiles.items()}

@@ -1,0 +1,123 @@
+"""The whole way on real input: the demo with the commands it ends on, an interrupted run, and the Python facade."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+import autocompress
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+ROOT = Path(__file__).parents[1]
+QUICK = ["--evaluations", "60", "--recover-minutes", "0", "--threads", "1"]
+RUN = ["compress", "digits", "--budget", "macs<=40%", *QUICK]
+
+
+def command(*args: str) -> list[str]:
+    return [sys.executable, "-m", "autocompress", *args]
+
+
+def call(*args: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(*args), cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def demo(place: Path) -> dict[str, Any]:
+    done = call("demo", "--out", "d", "--evaluations", "100", "--json", cwd=place)
+    answer: dict[str, Any] = json.loads(done.stdout)  # nothing else may stand there
+    assert "Traceback" not in done.stderr
+    return answer
+
+
+def test_demo_leaves_what_it_says(demo: dict[str, Any], place: Path) -> None:
+    assert len(demo["front"]) > 2
+    assert (place / demo["picture"]).read_bytes().startswith(b"\x89PNG")
+    onnx.checker.check_model(onnx.load(demo["export"]["onnx"]))
+    certificate = json.loads(Path(demo["export"]["certificate"]).read_text())
+    assert certificate["statements"] == demo["export"]["statements"]
+    best = next(row for row in demo["front"] if row["exported"])
+    assert best["feasible"]
+
+
+def test_the_commands_a_demo_ends_on_work(demo: dict[str, Any], place: Path) -> None:
+    tried = [line for line in demo["next"] if " dashboard " not in line and " compress digits" not in line]
+    assert len(tried) >= 4
+    for line in tried:
+        words = shlex.split(line)
+        assert words[0] == "autocompress"
+        call(*words[1:], cwd=place)
+    assert (place / "d" / "size.png").is_file()
+    assert (place / "d" / "fastest" / "model.onnx").is_file()
+
+
+def test_stored_jobs_can_be_looked_at(demo: dict[str, Any], place: Path) -> None:
+    store = ["--store", "d/jobs.sqlite"]
+    rows = json.loads(call("jobs", "list", "--json", *store, cwd=place).stdout)
+    assert {row["kind"] for row in rows} >= {"compress", "export"}
+    assert {row["state"] for row in rows} == {"succeeded"}
+    shown = json.loads(call("show", demo["job"], "--json", *store, cwd=place).stdout)
+    assert [row["id"] for row in shown["result"]["front"]] == [row["id"] for row in demo["front"]]
+
+
+def front_of(folder: Path) -> list[tuple[str, float]]:
+    result = autocompress.Result.load(folder)
+    return [(point.id, point.values["loss"]) for point in result.front]
+
+
+def test_interrupted_run_continues_to_the_same_front(tmp_path: Path) -> None:
+    call(*RUN, "--out", "whole", cwd=tmp_path)
+    process = subprocess.Popen(command(*RUN, "--out", "cut"), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    with process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "searching" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+        process.wait(timeout=120)
+    assert process.returncode == 130, rest
+    assert "Traceback" not in rest
+    call(*RUN, "--out", "cut", cwd=tmp_path)
+    assert front_of(tmp_path / "cut") == front_of(tmp_path / "whole")
+
+
+def test_budget_that_no_plan_can_hold(tmp_path: Path) -> None:
+    done = call("compress", "digits", "--budget", "size_mb<=0.0001", *QUICK, "--out", "x", cwd=tmp_path, code=3)
+    assert done.stdout == ""
+    assert len([line for line in done.stderr.splitlines() if "size_mb" in line]) == 1
+
+
+def test_facade(tmp_path: Path) -> None:
+    ticks: list[str] = []
+    result = autocompress.compress(
+        "digits",
+        ["macs<=50%"],
+        out=tmp_path / "run",
+        evaluations=40,
+        recover_minutes=0,
+        threads=1,
+        progress=lambda tick: ticks.append(tick.stage),
+    )
+    assert result.front
+    assert result.best().costs["macs"] <= 0.5 * result.result.original.costs["macs"]
+    assert "search" in ticks
+    path = result.export(tmp_path / "mine.onnx", pick="smallest")
+    assert path == tmp_path / "mine.onnx"
+    assert onnx.load(path).graph.node
+    again = autocompress.Result.load(tmp_path / "run")
+    assert again.front == result.front
