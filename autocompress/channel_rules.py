@@ -6,6 +6,7 @@ reason, so that nothing is pruned on a guess.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -231,6 +232,8 @@ def _mean(call: Call) -> Value | None:
 def _flatten(call: Call) -> Value | None:
     """``(N, C, H, W) -> (N, C*H*W)`` in any spelling; sizes are rewritten so that pruned models still run."""
     source = call.inputs[0]
+    if source.dim == 1 and len(source.shape) == 2 and call.shape == (*source.shape, 1, 1):
+        return Value(call.shape, source.ids, 1, _unflatten)
     if source.dim != 1 or len(call.shape) != 2 or call.shape[0] != source.shape[0]:
         return call.like_input() if call.shape == source.shape else None
     copies = int(np.prod(source.shape[2:], dtype=np.int64))
@@ -242,6 +245,12 @@ def _flatten(call: Call) -> Value | None:
             node.op, node.target, node.args, node.kwargs = "call_function", torch.flatten, (node.args[0], 1), {}
 
     return Value(call.shape, np.repeat(source.ids, copies), 1, fix)
+
+
+def _unflatten(node: fx.Node, keep: npt.NDArray[np.bool_]) -> None:
+    """``(N, C) -> (N, C, 1, 1)``, as gates are written, with C left open."""
+    if node.op != "call_module":
+        node.op, node.target, node.args, node.kwargs = "call_function", torch.unflatten, (node.args[0], 1, (-1, 1, 1)), {}
 
 
 def _pad(call: Call) -> Value | None:
@@ -300,7 +309,7 @@ def _split(call: Call) -> Value | None:
     if dim != source.dim or not isinstance(call.shape, list):
         return None
     bounds = np.cumsum([0, *(shape[dim] for shape in call.shape)])
-    pieces = [source.ids[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    pieces = [source.ids[a:b] for a, b in itertools.pairwise(bounds)]
 
     def fix(node: fx.Node, keep: npt.NDArray[np.bool_]) -> None:
         sizes = [int(keep[call.classes.roots(piece)].sum()) for piece in pieces]
@@ -364,3 +373,64 @@ _RULES: dict[Any, Callable[[Call], Value | None]] = {
     F.pad: _pad,
     operator.getitem: _getitem,
 }  # fmt: skip
+
+
+# ---------------------------------------------------------------- what an operation runs as
+
+_KINDS: tuple[tuple[tuple[Any, ...], str], ...] = (
+    ((operator.add, torch.add, operator.sub, "add"), "add"),
+    ((operator.mul, torch.mul, "mul"), "mul"),
+    ((torch.cat, torch.concat), "concat"),
+    ((F.pad,), "pad"),
+    ((operator.getitem,), "slice"),
+    ((F.adaptive_avg_pool2d, torch.mean, "mean"), "global_pool"),
+    ((F.max_pool2d, F.avg_pool2d, torch.max_pool2d), "pool"),
+)
+_FREE = (torch.flatten, "flatten", "view", "reshape", "size", "contiguous", F.dropout, "squeeze", torch.squeeze)
+
+
+def is_relu(module: fx.GraphModule, node: fx.Node) -> bool:
+    """ReLU or ReLU6, as module, function or method: what runtimes fuse into the operator before it."""
+    target = call_target(module, node)
+    return isinstance(target, nn.ReLU | nn.ReLU6) or target in (F.relu, F.relu6, torch.relu, "relu")
+
+
+def op_kind(target: Any, part: nn.Module | None) -> str:
+    """What a called target runs as (``types.Kernel.kind``); ``free`` where nothing runs."""
+    if isinstance(part, nn.Identity | nn.Dropout | nn.Dropout2d | nn.Flatten):
+        return "free"
+    for types, kind in (
+        ((nn.ReLU, nn.ReLU6), "relu"),
+        ((nn.BatchNorm2d, nn.BatchNorm1d), "batch_norm"),
+        ((nn.AdaptiveAvgPool2d,), "global_pool"),
+        ((nn.MaxPool2d, nn.AvgPool2d), "pool"),
+        ((nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.PReLU), "activation"),
+        ((nn.Conv2d,), "conv"),
+        ((nn.Linear,), "linear"),
+    ):
+        if isinstance(part, types):
+            return kind
+    if target in (F.relu, F.relu6, torch.relu, "relu"):
+        return "relu"
+    if target in _FREE:
+        return "free"
+    for targets, kind in _KINDS:
+        if target in targets:
+            return kind
+    return "other"
+
+
+def op_window(node: fx.Node, part: nn.Module | None) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Kernel size and stride of a convolution or pooling, as module or function."""
+    size: Any = getattr(part, "kernel_size", None)
+    stride: Any = getattr(part, "stride", None)
+    if part is None:
+        size = node.kwargs.get("kernel_size", node.args[1] if len(node.args) > 1 else 1)
+        stride = node.kwargs.get("stride", node.args[2] if len(node.args) > 2 else None) or size
+
+    def pair(v: Any) -> tuple[int, int]:
+        if isinstance(v, int):
+            return v, v
+        return (int(v[0]), int(v[1])) if isinstance(v, tuple | list) else (1, 1)
+
+    return pair(size), pair(stride)

@@ -21,7 +21,16 @@ from torch import Tensor, fx, nn
 from autocompress.deploy import fold_norm
 from autocompress.errors import Cancelled, StoreError
 from autocompress.files import write_atomically
-from autocompress.gram import Moments, columns_of, output_statistics, positions, refit, unfold, unfolded_size, MAX_INPUTS
+from autocompress.gram import (
+    MAX_INPUTS,
+    Moments,
+    columns_of,
+    output_statistics,
+    positions,
+    refit,
+    unfold,
+    unfolded_size,
+)
 from autocompress.graph import Graph, Keep, Layer, aliases, make_layer, rebuild, slice_channelwise, slice_layer
 from autocompress.methods import ChannelPruning, LayerContext, LowRank, StaticInt8, handler_of
 from autocompress.methods.pruning import l2_importance, obs_order, taylor_importance

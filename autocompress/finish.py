@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from autocompress.database import BATCH, LevelDatabase, freeze_ranges, RangeObserver, RANGE_IMAGES
+from autocompress.database import BATCH, RANGE_IMAGES, LevelDatabase, RangeObserver, freeze_ranges
 from autocompress.errors import Cancelled
-from autocompress.gram import Moments, output_rows, output_statistics, positions, solve, unfold
+from autocompress.gram import Moments, output_rows, positions, solve, unfold
 from autocompress.graph import Keep, Layer
 from autocompress.types import Plan
 

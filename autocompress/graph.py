@@ -21,13 +21,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
-from autocompress.channel_rules import Classes, Value, apply_rule, call_target
+from autocompress.channel_rules import Classes, Value, apply_rule, call_target, is_relu, op_kind, op_window
 from autocompress.errors import UnsupportedModel
 
 Keep = npt.NDArray[np.bool_]
 """One boolean a class.  # (n_classes,)"""
+
+
+FOLDS = "folds"
+"""Key in ``fx.Node.meta`` of the batch norms that belong to the layer before them (``Layer.norm``)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,8 +230,9 @@ def _find_layers(module: fx.GraphModule, values: Mapping[str, Value]) -> dict[st
             continue
         last, norm, activation = node, None, None
         user = _only_user(last)
-        if user is not None and isinstance(modules.get(str(user.target)), nn.BatchNorm2d | nn.BatchNorm1d):
+        if user is not None and uses.get(str(user.target)) == 1 and _folds(modules[str(user.target)], values[node.name]):
             last, norm = user, str(user.target)
+            last.meta[FOLDS] = True
             user = _only_user(last)
         if user is not None and is_relu(module, user):
             last, activation = user, user.name
@@ -247,14 +251,14 @@ def _find_layers(module: fx.GraphModule, values: Mapping[str, Value]) -> dict[st
     return layers
 
 
+def _folds(norm: nn.Module, value: Value) -> bool:
+    """Whether a norm is one factor and one shift an output channel of the layer before it."""
+    fixed = isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d) and norm.running_mean is not None
+    return fixed and value.dim == 1
+
+
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def is_relu(module: fx.GraphModule, node: fx.Node) -> bool:
-    """ReLU or ReLU6, as module, function or method: what runtimes fuse into the operator before it."""
-    target = call_target(module, node)
-    return isinstance(target, nn.ReLU | nn.ReLU6) or target in (F.relu, F.relu6, torch.relu, "relu")
 
 
 def _resolved(layer: Layer, classes: Classes) -> Layer:
@@ -305,6 +309,8 @@ def _find_blocks(module: fx.GraphModule, values: Mapping[str, Value]) -> tuple[B
     for node in module.graph.nodes:
         if call_target(module, node) not in (operator.add, torch.add, "add") or len(node.all_input_nodes) != 2:
             continue
+        if node.kwargs:  # torch.add(x, y, alpha=...) is more than a sum
+            continue
         for skip, last in (node.all_input_nodes, node.all_input_nodes[::-1]):
             body = _branch(skip, last)
             if body is None or values[skip.name].shape != values[node.name].shape:
@@ -334,19 +340,7 @@ def _branch(skip: fx.Node, last: fx.Node) -> dict[str, fx.Node] | None:
             return None
         body[node.name] = node
         stack.extend(node.all_input_nodes)
-    return dict(sorted(body.items())) if last is not skip and body else None
-
-
-_KINDS: tuple[tuple[tuple[Any, ...], str], ...] = (
-    ((operator.add, torch.add, operator.sub, "add"), "add"),
-    ((operator.mul, torch.mul, "mul"), "mul"),
-    ((torch.cat, torch.concat), "concat"),
-    ((F.pad,), "pad"),
-    ((operator.getitem,), "slice"),
-    ((F.adaptive_avg_pool2d, torch.mean, "mean"), "global_pool"),
-    ((F.max_pool2d, F.avg_pool2d, torch.max_pool2d), "pool"),
-)
-_FREE = (torch.flatten, "flatten", "view", "reshape", "size", "contiguous", F.dropout, "squeeze", torch.squeeze)
+    return dict(sorted(body.items())) if any(node.op == "call_module" for node in body.values()) else None
 
 
 def _find_ops(graph: Graph, nodes: Mapping[str, fx.Node]) -> tuple[Op, ...]:
@@ -367,7 +361,7 @@ def _find_ops(graph: Graph, nodes: Mapping[str, fx.Node]) -> tuple[Op, ...]:
             while step.name != node.name:
                 swallowed.add(step.name)
                 step = step.all_input_nodes[0]
-            size, stride = (part.kernel_size, part.stride) if isinstance(part, nn.Conv2d) else ((1, 1), (1, 1))
+            size, stride = op_window(node, part) if isinstance(part, nn.Conv2d) else ((1, 1), (1, 1))
             ops.append(
                 Op(
                     layer.name,
@@ -377,12 +371,12 @@ def _find_ops(graph: Graph, nodes: Mapping[str, fx.Node]) -> tuple[Op, ...]:
                     inputs,
                     layer.name,
                     "relu" if layer.activation else "",
-                    (int(size[0]), int(size[1])),
-                    (int(stride[0]), int(stride[1])),
+                    size,
+                    stride,
                 )
             )
             continue
-        kind = _kind(call_target(module, node), part)
+        kind = op_kind(call_target(module, node), part)
         if kind == "free":
             continue
         last, fused, size, stride = node, "", (1, 1), (1, 1)
@@ -392,49 +386,10 @@ def _find_ops(graph: Graph, nodes: Mapping[str, fx.Node]) -> tuple[Op, ...]:
             last, fused = user, "relu"
         if kind == "pool" and graph.values[node.name].shape[2:] == (1, 1):
             kind = "global_pool"
-        if kind == "pool":
-            size, stride = _window(node, part)
+        if kind in ("pool", "conv"):  # a convolution that is no layer runs in more than one place
+            size, stride = op_window(node, part)
         ops.append(Op(node.name, kind, node.name, last.name, inputs, None, fused, size, stride))
     return tuple(ops)
-
-
-def _kind(target: Any, part: nn.Module | None) -> str:
-    if isinstance(part, nn.Identity | nn.Dropout | nn.Dropout2d | nn.Flatten):
-        return "free"
-    for classes, kind in (
-        ((nn.ReLU, nn.ReLU6), "relu"),
-        ((nn.BatchNorm2d, nn.BatchNorm1d), "batch_norm"),
-        ((nn.AdaptiveAvgPool2d,), "global_pool"),
-        ((nn.MaxPool2d, nn.AvgPool2d), "pool"),
-        ((nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.PReLU), "activation"),
-        ((nn.Conv2d,), "conv"),
-        ((nn.Linear,), "linear"),
-    ):
-        if isinstance(part, classes):
-            return kind
-    if target in (F.relu, F.relu6, torch.relu, "relu"):
-        return "relu"
-    if target in _FREE:
-        return "free"
-    for targets, kind in _KINDS:
-        if target in targets:
-            return kind
-    return "other"
-
-
-def _window(node: fx.Node, part: nn.Module | None) -> tuple[tuple[int, int], tuple[int, int]]:
-    if part is not None:
-        size, stride = part.kernel_size, part.stride
-    else:
-        size = node.kwargs.get("kernel_size", node.args[1] if len(node.args) > 1 else 1)
-        stride = node.kwargs.get("stride", node.args[2] if len(node.args) > 2 else None) or size
-
-    def pair(v: Any) -> tuple[int, int]:
-        if isinstance(v, fx.Node):
-            return (1, 1)
-        return (int(v), int(v)) if isinstance(v, int) else (int(v[0]), int(v[1]))
-
-    return pair(size), pair(stride)
 
 
 # ---------------------------------------------------------------- building a smaller model
@@ -498,9 +453,11 @@ def _without_blocks(graph: Graph, dropped: set[str]) -> fx.Graph:
     gone = {name for block in graph.blocks if block.name in dropped for name in block.body}
     by_name = {node.name: node for node in graph.module.graph.nodes}
     for node in graph.module.graph.nodes:
+        if node.name in gone:
+            continue
         if node.name in stands_for:
             mapping[node] = mapping[by_name[stands_for[node.name]]]
-        elif node.name not in gone:
+        else:
             mapping[node] = new_graph.node_copy(node, lambda n: mapping[n])
     return new_graph
 
@@ -566,7 +523,7 @@ def slice_channelwise(old: nn.Module, index: npt.NDArray[np.intp]) -> nn.Module:
     new = copy.deepcopy(old)
     kept = torch.from_numpy(index)
     for name, tensor in [*old.named_parameters(recurse=False), *old.named_buffers(recurse=False)]:
-        if tensor.ndim == 1 and tensor.shape[0] > 1 or (tensor.ndim == 1 and len(index) == 1):
+        if (tensor.ndim == 1 and tensor.shape[0] > 1) or (tensor.ndim == 1 and len(index) == 1):
             sliced = tensor.detach()[kept].clone()
             if isinstance(tensor, nn.Parameter):
                 setattr(new, name, nn.Parameter(sliced, requires_grad=False))

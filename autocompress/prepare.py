@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -154,7 +154,7 @@ def _scaled(profile: HardwareProfile, original: Path, graph: Graph, space: Searc
 
 def recovery_of(request: Request, made: Prepared, out: Path) -> Recovery | None:
     """How plans are distilled: the steps that fit into the minutes asked for on this machine, decided once a folder."""
-    if made.task.train is None or request.recover_minutes <= 0 and not request.recover_steps:
+    if made.task.train is None or (request.recover_minutes <= 0 and not request.recover_steps):
         return None
     if request.recover_steps == 0:
         return None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from autocompress.deliver import Delivery
 from autocompress.prepare import Prepared
 from autocompress.results import BudgetRow, JobResult, OpRow, Point, Request, SiteRow
 from autocompress.search import ParetoFront
 from autocompress.search.front import non_dominated
 from autocompress.types import METRICS, Budget, Evaluation, Plan, digest
-
-import numpy as np
 
 MOST_POINTS = 1500
 

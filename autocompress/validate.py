@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -47,7 +47,8 @@ def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"])
     if name == "importance":
-        return f"Unknown importance {first['input']!r}; known: l2, taylor."
+        known = get_args(Request.model_fields[name].annotation)
+        return str(UnknownName(name, str(first["input"]), known))
     return f"{name}: {first['msg'].lower()}, got {first['input']!r}."
 
 

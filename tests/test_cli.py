@@ -135,7 +135,7 @@ def test_version() -> None:
         (["digits", "--budget", "size_mb<=3", "--controller", "evolutoin"], "Did you mean 'evolution'"),
         (["digits", "--budget", "size_mb<=3", "--methods", "channels,in8"], "Did you mean 'int8'"),
         (["digits", "--budget", "size_mb<=3", "--methods", ","], "at least one family"),
-        (["digits", "--budget", "size_mb<=3", "--importance", "magnitude"], "known: l2, taylor"),
+        (["digits", "--budget", "size_mb<=3", "--importance", "tailor"], "Did you mean 'taylor'"),
         (["digits", "--budget", "size_mb<=3", "--evaluations", "0"], "--evaluations is 1 or more, got 0"),
         (["digits", "--budget", "size_mb<=3", "--evaluations", "many"], "--evaluations"),
         (["digits", "--budget", "size_mb<=3", "--evaluations", "9", "--minutes", "1"], "not by both"),
@@ -155,7 +155,14 @@ def test_bad_request_is_one_sentence(verb: str, args: list[str], sentence: str) 
 
 def test_replay_command_of_a_certificate_is_understood(tmp_path: Path) -> None:
     (tmp_path / "profile_local.json").write_text("{}")
-    fields = {"task": "digits", "budgets": ["macs<=50%"], "evaluations": 9, "methods": ["int8"], "batch": 4, "threads": 2}
+    fields = {
+        "task": "digits",
+        "budgets": ["macs<=50%"],
+        "evaluations": 9,
+        "methods": ["int8"],
+        "batch": 4,
+        "threads": 2,
+    }
     request = make_request(fields).model_copy(update={"recover_steps": 30})
     words = shlex.split(replay_command(request, tmp_path))
     assert words[:2] == ["autocompress", "compress"]

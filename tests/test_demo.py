@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import autocompress
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}  # also where the package is not installed
 QUICK = ["--evaluations", "60", "--recover-minutes", "0", "--threads", "1"]
 RUN = ["compress", "digits", "--budget", "macs<=40%", *QUICK]
 
@@ -26,7 +28,7 @@ def command(*args: str) -> list[str]:
 
 
 def call(*args: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(*args), cwd=cwd, capture_output=True, text=True, check=False)
+    done = subprocess.run(command(*args), cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -81,7 +83,9 @@ def front_of(folder: Path) -> list[tuple[str, float]]:
 
 def test_interrupted_run_continues_to_the_same_front(tmp_path: Path) -> None:
     call(*RUN, "--out", "whole", cwd=tmp_path)
-    process = subprocess.Popen(command(*RUN, "--out", "cut"), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(*RUN, "--out", "cut"), cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
     with process:
         assert process.stderr is not None
         for line in process.stderr:

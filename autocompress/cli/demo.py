@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from autocompress.service.store import Job, JobStore
 
 BUDGETS = ("latency_ms<=70%@local", "size_mb<=40%")
-EVALUATIONS = 300
+EVALUATIONS = 240
+RECOVER_MINUTES = 0.2
 
 
 def demo(
@@ -43,7 +44,14 @@ def demo(
     from autocompress.dashboard.picture import write_front_png
     from autocompress.validate import make_request
 
-    fields = {"task": "digits", "budgets": BUDGETS, "evaluations": evaluations, "seed": seed, "recover_minutes": 0.2}
+    fields = {
+        "task": "digits",
+        "budgets": BUDGETS,
+        "evaluations": evaluations,
+        "seed": seed,
+        "recover_minutes": 0.2,
+        "threads": 1,
+    }
     request = make_request(fields)
     with o.open_store(str(out_folder / "jobs.sqlite")) as store:
         job = _queue(store, request)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -11,6 +11,8 @@ from autocompress.results import METHOD_FAMILIES, Request
 
 if TYPE_CHECKING:
     from autocompress.service.store import JobStore
+
+IMPORTANCES = get_args(Request.model_fields["importance"].annotation)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Store = Annotated[
@@ -37,7 +39,7 @@ Evaluations = Annotated[
 Minutes = Annotated[float | None, typer.Option("--minutes", help="Stop the search after so many minutes.")]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same front.")]
 Methods = Annotated[str, typer.Option("--methods", help="Families to search, joined by commas.")]
-Importance = Annotated[str, typer.Option("--importance", help="How channels are ranked: taylor or l2.")]
+Importance = Annotated[str, typer.Option("--importance", help=f"How channels are ranked: {', '.join(IMPORTANCES)}.")]
 Profiles = Annotated[
     list[str] | None,
     typer.Option("--profile", metavar="NAME=PATH", help="Profile file of a device that a budget names; repeatable."),
@@ -52,6 +54,7 @@ Batch = Annotated[int, typer.Option("--batch", help="Batch size at which latency
 Threads = Annotated[int, typer.Option("--threads", help="Threads for evaluation; 0 takes all cores.")]
 
 ALL_METHODS = ",".join(METHOD_FAMILIES)
+DEFAULT_IMPORTANCE: str = Request.model_fields["importance"].default
 
 
 def request_of(options: dict[str, Any]) -> Request:

@@ -28,7 +28,7 @@ def compress(
     minutes: o.Minutes = None,
     seed: o.Seed = 0,
     methods: o.Methods = o.ALL_METHODS,
-    importance: o.Importance = "taylor",
+    importance: o.Importance = o.DEFAULT_IMPORTANCE,
     profile: o.Profiles = None,
     recover_minutes: o.RecoverMinutes = 2.0,
     recover_steps: o.RecoverSteps = None,

@@ -112,16 +112,16 @@ def front_rows(result: JobResult) -> list[Point]:
 
 
 def cost_keys(result: JobResult) -> list[str]:
-    """Costs worth a column: what is budgeted or traded first, then the rest in their usual order."""
-    first = [*(row.key for row in result.budgets), *result.objectives]
-    return [key for key in dict.fromkeys([*first, *result.original.costs]) if key in result.original.costs]
+    """Costs worth a column: what is budgeted or traded, then size and MACs; ``--json`` has them all."""
+    wanted = [*(row.key for row in result.budgets), *result.objectives, "size_mb", "macs"]
+    return [key for key in dict.fromkeys(wanted) if key in result.original.costs]
 
 
 def print_front(result: JobResult) -> None:
     """The front as a table, never cut off: metric, drop, costs as predicted and measured, budgets and rung."""
     rows = front_rows(result)
     keys = cost_keys(result)
-    timed = [key for key in keys if any(key in point.measured for point in rows)]
+    timed = [key for key in keys if "@" in key and any(key in point.measured for point in rows)]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     table.add_column("plan")
     for title in (result.metric_name, "drop", *keys, *(f"measured {key}" for key in timed)):

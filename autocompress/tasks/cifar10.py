@@ -38,7 +38,7 @@ WEIGHTS_SHA256 = {  # over names, shapes and values, so that any conversion of t
     "resnet56": "25e0110b775206865f5a1953882e1e84033b6ccbd161ce6c4a192af3ae2e6a37",
 }
 NETWORKS = tuple(WEIGHTS_SHA256)
-N_CALIBRATION, N_SEARCH = 2000, 5000
+N_CALIBRATION, N_SEARCH = 2000, 2500
 MEAN = torch.tensor([0.485, 0.456, 0.406]).reshape(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).reshape(3, 1, 1)
 
@@ -46,8 +46,8 @@ STD = torch.tensor([0.229, 0.224, 0.225]).reshape(3, 1, 1)
 def cifar10(network: str, data: Sequence[str] = (), seed: int = 0) -> Task:
     """``resnet20``, ``resnet32`` or ``resnet56`` on (3, 32, 32) images, as published: 91.73, 92.63 and 93.39 % top-1.
 
-    ``data`` and ``AUTOCOMPRESS_DATA`` name the folders to look in. ``seed`` picks 2,000 calibration and 5,000 search
-    images among the training images; the other 43,000 are for recovery. The report split is all 10,000 test images.
+    ``data`` and ``AUTOCOMPRESS_DATA`` name the folders to look in. ``seed`` picks 2,000 calibration and 2,500 search
+    images among the training images; the other 45,500 are for recovery. The report split is all 10,000 test images.
     Raises ``TaskError`` that says what is missing and where it goes, or which file is not the published one.
     """
     folders = data_folders(data)

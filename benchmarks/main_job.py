@@ -1,0 +1,129 @@
+"""The main job on CIFAR-10 ResNets at MACs budgets: accuracy on the report split by rung, speed, size, time by stage.
+
+python benchmarks/main_job.py [--data DIR] [--only resnet20:50] [--evaluations N]; resumable row by row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import load, save
+
+from autocompress.errors import BudgetUnmet
+from autocompress.evaluate import forward
+from autocompress.files import cache_dir
+from autocompress.pipeline import _Run, _Stages, compress
+from autocompress.results import JobResult, Request
+from autocompress.service.store import JobStore
+
+PROBLEMS = [(net, share) for net in ("resnet20", "resnet56") for share in (50, 30)]
+COLUMNS = [
+    ("network", "network"),
+    ("budget", "budget"),
+    ("original", "original %"),
+    ("full", "full %"),
+    ("refitted", "refitted %"),
+    ("recovered", "recovered %"),
+    ("macs", "MACs"),
+    ("size", "size"),
+    ("speed", "measured speed"),
+    ("predicted", "predicted speed"),
+    ("seconds", "seconds by stage"),
+    ("cpu_minutes", "CPU min (recovery)"),
+]
+
+
+def accuracy(run: _Run, plan: tuple[int, ...], rung: str) -> float:
+    """Top-1 in percent on the report split."""
+    task = run.made.task
+    model = run.models.deployed(plan, rung)  # type: ignore[arg-type]
+    return 100 * task.metric(forward(model, task, task.report), task.report.targets)
+
+
+def one(net: str, share: int, args: argparse.Namespace) -> dict[str, object]:
+    request = Request(
+        task=f"cifar10:{net}",
+        data=tuple(args.data),
+        budgets=(f"macs<={share}%",),
+        evaluations=args.evaluations,
+        methods=("channels", "blocks"),
+        recover_minutes=args.recover_minutes,
+        seed=args.seed,
+        threads=1,
+    )
+    out = cache_dir() / "benchmarks" / f"main_job_{net}_{share}_{request.hash}"
+    cpu, start = time.process_time(), time.time()
+
+    def tick(p: object) -> None:
+        print(f"  [{time.time() - start:6.0f} s] {p.stage} {p.done}/{p.total} {p.message}", flush=True)  # type: ignore[attr-defined]
+
+    out.mkdir(parents=True, exist_ok=True)
+    with JobStore(out / "ledger.sqlite") as store:
+        try:
+            result = compress(request, out, ledger=store.ledger(request.hash), progress=tick)
+        except BudgetUnmet as error:
+            print(error)
+            result = JobResult.model_validate_json((out / "result.json").read_text())
+    cpu = time.process_time() - cpu
+    run = _Run(request, out, None, None, _Stages(None), None)
+    torch.set_num_threads(1)
+    run._prepare()
+    certificate = json.loads((out / "certificate.json").read_text())
+    points = [p for p in result.points if p.id == (result.best or result.points[0].id)]
+    plan = run.made.space.plan_from_json(points[0].levels)
+    rungs = {rung: f"{accuracy(run, plan, rung):.2f}" for rung in ("full", "refitted", "recovered")}
+    speed = certificate["speed"]
+    original = run.made.task
+    dense = forward(run.models.deployed(run.made.space.dense, "full"), original, original.report)
+    costs = run.made.costs.in_units(plan)
+    recover = result.seconds.get("recover", 0.0)
+    return {
+        "network": net,
+        "budget": f"macs<={share}%",
+        "original": f"{100 * original.metric(dense, original.report.targets):.2f}",
+        **rungs,
+        "macs": f"{costs['macs'] / run.made.dense_costs['macs']:.1%}",
+        "size": f"{certificate['artifact']['bytes'] / certificate['original']['bytes']:.1%}",
+        "speed": f"{1 / speed['ratio']:.2f}x ({1 / speed['ratio_interval'][1]:.2f}-{1 / speed['ratio_interval'][0]:.2f})",
+        "noise": speed["noise"],
+        "predicted": "-",
+        "seconds": ", ".join(f"{k} {v:.0f}" for k, v in result.seconds.items()),
+        "cpu_minutes": f"{cpu / 60:.1f} ({recover / 60:.1f})",
+        "evaluations": result.evaluations,
+        "seed": args.seed,
+        "steps": run.request.recover_steps,
+        "plan": points[0].plan,
+        "certificate": certificate,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", nargs="*", default=os.environ.get("AUTOCOMPRESS_DATA", "").split(":"))
+    parser.add_argument("--only", help="one problem, such as resnet20:50")
+    parser.add_argument("--evaluations", type=int, default=400)
+    parser.add_argument("--recover-minutes", type=float, default=4.0)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.data = [folder for folder in args.data if folder]
+    rows = load("main_job")
+    for net, share in PROBLEMS:
+        key = f"{net}:{share}"
+        if (args.only and key != args.only) or (not args.only and key in rows):
+            continue
+        print(key)
+        rows[key] = one(net, share, args)
+        rows = {k: rows[k] for k in (f"{n}:{s}" for n, s in PROBLEMS) if k in rows}
+        save("main_job", rows, COLUMNS, "The main job: CIFAR-10 ResNets at MACs budgets", "python benchmarks/main_job.py")
+
+
+if __name__ == "__main__":
+    main()
