@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 Ids = npt.NDArray[np.int64]
+AXIS = "a layer reads another axis than that of the channels"
 Fix = Callable[[fx.Node, npt.NDArray[np.bool_]], None]
 
 
@@ -36,6 +37,11 @@ class Classes:
         start = len(self._parent)
         self._parent.extend(range(start, start + n))
         return np.arange(start, start + n, dtype=np.int64)
+
+    def fresh_pinned(self, n: int, reason: str) -> Ids:
+        ids = self.fresh(n)
+        self.pin(ids, reason)
+        return ids
 
     def root(self, i: int) -> int:
         while self._parent[i] != i:
@@ -118,9 +124,7 @@ class Call:
 
 def _opaque(shape: tuple[int, ...], classes: Classes, reason: str) -> Value:
     dim = 1 if len(shape) in (2, 4) else len(shape) - 1
-    ids = classes.fresh(shape[dim] if shape else 0)
-    classes.pin(ids, reason)
-    return Value(shape, ids, dim)
+    return Value(shape, classes.fresh_pinned(shape[dim] if shape else 0, reason), dim)
 
 
 def call_target(module: fx.GraphModule, node: fx.Node) -> Any:
@@ -161,7 +165,7 @@ def apply_rule(
 
 def _conv(call: Call) -> Value | None:
     conv, (source,) = call.part, call.inputs
-    if not isinstance(conv, nn.Conv2d):
+    if not isinstance(conv, nn.Conv2d) or source.dim != 1:
         return None
     if conv.groups == 1:
         return Value(call.shape, call.classes.fresh(conv.out_channels), 1)
@@ -172,8 +176,11 @@ def _conv(call: Call) -> Value | None:
 
 def _linear(call: Call) -> Value | None:
     dim = len(call.shape) - 1
-    if not isinstance(call.part, nn.Linear) or call.inputs[0].dim != dim:
+    if not isinstance(call.part, nn.Linear):
         return None
+    if call.inputs[0].dim != dim:
+        call.inputs[0].pin(call.classes, AXIS)
+        return Value(call.shape, call.classes.fresh_pinned(call.part.out_features, AXIS), dim)
     return Value(call.shape, call.classes.fresh(call.part.out_features), dim)
 
 
@@ -213,9 +220,9 @@ def _cat(call: Call) -> Value | None:
         return None
     if dim != call.inputs[0].dim:
         return _elementwise(call)
-    parts = call.node.args[0]
+    parts = cast(Sequence[fx.Node], call.node.args[0])
     values = {n.name: v for n, v in zip(call.node.all_input_nodes, call.inputs, strict=True)}
-    return Value(call.shape, np.concatenate([values[n.name].ids for n in parts]), dim)  # type: ignore[union-attr]
+    return Value(call.shape, np.concatenate([values[n.name].ids for n in parts]), dim)
 
 
 def _mean(call: Call) -> Value | None:
@@ -250,7 +257,12 @@ def _flatten(call: Call) -> Value | None:
 def _unflatten(node: fx.Node, keep: npt.NDArray[np.bool_]) -> None:
     """``(N, C) -> (N, C, 1, 1)``, as gates are written, with C left open."""
     if node.op != "call_module":
-        node.op, node.target, node.args, node.kwargs = "call_function", torch.unflatten, (node.args[0], 1, (-1, 1, 1)), {}
+        node.op, node.target, node.args, node.kwargs = (
+            "call_function",
+            torch.unflatten,
+            (node.args[0], 1, (-1, 1, 1)),
+            {},
+        )
 
 
 def _pad(call: Call) -> Value | None:
@@ -277,7 +289,7 @@ def _pad(call: Call) -> Value | None:
 
 
 def _getitem(call: Call) -> Value | None:
-    source, index = call.inputs[0], call.node.args[1]
+    source, index = call.inputs[0], cast(Any, call.node.args[1])
     if source.parts is not None:
         return source.parts[index] if isinstance(index, int) else None
     index = index if isinstance(index, tuple) else (index,)
@@ -386,7 +398,21 @@ _KINDS: tuple[tuple[tuple[Any, ...], str], ...] = (
     ((F.adaptive_avg_pool2d, torch.mean, "mean"), "global_pool"),
     ((F.max_pool2d, F.avg_pool2d, torch.max_pool2d), "pool"),
 )
-_FREE = (torch.flatten, "flatten", "view", "reshape", "size", "contiguous", F.dropout, "squeeze", torch.squeeze)
+_FREE = (
+    torch.chunk,
+    "chunk",
+    torch.split,
+    "split",
+    torch.flatten,
+    "flatten",
+    "view",
+    "reshape",
+    "size",
+    "contiguous",
+    F.dropout,
+    "squeeze",
+    torch.squeeze,
+)
 
 
 def is_relu(module: fx.GraphModule, node: fx.Node) -> bool:
@@ -404,7 +430,10 @@ def op_kind(target: Any, part: nn.Module | None) -> str:
         ((nn.BatchNorm2d, nn.BatchNorm1d), "batch_norm"),
         ((nn.AdaptiveAvgPool2d,), "global_pool"),
         ((nn.MaxPool2d, nn.AvgPool2d), "pool"),
-        ((nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.PReLU), "activation"),
+        (
+            (nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.PReLU),
+            "activation",
+        ),
         ((nn.Conv2d,), "conv"),
         ((nn.Linear,), "linear"),
     ):

@@ -9,20 +9,23 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
 from autocompress.graph import Graph, Op
-from autocompress.methods import ChannelPruning, StaticInt8, handler_of
+from autocompress.methods import ChannelPruning, StaticInt8, WeightQuant, handler_of
 from autocompress.space import GROUP_4BIT
 from autocompress.types import METRICS, CostFactor, IntArray, Kernel, LatencyModel, Plan, SearchSpace, cost_key
 
 MAX_TABLE = 4096
 """Entries of a factor's dense table; larger ones are given as a function."""
-NODE_BYTES = 160
-"""Bytes of one ONNX node with its names and shapes: the dense file's own overhead replaces it once it is exported."""
+NODE_BYTES, LAYER_BYTES, DEQUANTIZE_BYTES, QUANTIZED_BYTES = 100, 250, 180, 460
+"""Bytes of names and attributes in an ONNX file: of an operator without weights, of a layer with its initializers, of a
+``DequantizeLinear`` behind an initializer, and of a quantized tensor (``QuantizeLinear``, ``DequantizeLinear``, their grid).
+Means over both exporters; what they get wrong on the dense model is made good once its file is known."""
 STATIC = ("macs", "params", "size_mb")
 
 
@@ -47,6 +50,8 @@ class _Template:
     """One operator with everything its cost depends on.
 
     ``flags``: for each tensor it reads and then the one it writes, the layer sites whose int8 levels quantize that tensor.
+    ``groups``: of a convolution as it is; 0 for one filter a channel, however many there are. ``bias``: the dense layer
+    has one, its own or its norm's. ``dense_inputs``: channels it reads when nothing is pruned.
     """
 
     op: Op
@@ -57,13 +62,16 @@ class _Template:
     block_sites: tuple[int, ...]
     flags: tuple[tuple[int, ...], ...]
     sites: tuple[int, ...]
+    groups: int = 1
+    bias: bool = True
+    dense_inputs: int = 0
 
 
 class CostModel:
     """Costs of plans on any number of devices; columns are ``keys``.
 
-    ``profiles``: device name -> latency model. ``dense_bytes``: size of the original's ONNX file, once it is known; file sizes are then
-    exact up to names.
+    ``profiles``: device name -> latency model. ``dense_bytes``: size of the original's ONNX file, once it is known; file
+    sizes are then exact up to names.
     """
 
     def __init__(
@@ -80,7 +88,11 @@ class CostModel:
             for i, levels in enumerate(space.levels)
             if space.sites[i].kind == "layer"
         }
+        self._made_by = self._results()
         self._touching = self._quantizing_sites()
+        nodes = graph.module.graph.nodes
+        readers = [op.inputs[0] for op in graph.ops if op.inputs]
+        self._given = {n.name for n in nodes if n.op == "placeholder" and readers.count(n.name) == 1}
         self._templates = tuple(self._template(op) for op in graph.ops)
         self._memo: list[dict[tuple[int, ...], npt.NDArray[np.int64]]] = [{} for _ in self._templates]
         self._live = self._live_results()
@@ -121,12 +133,14 @@ class CostModel:
             def rows(levels: IntArray, index: int = index, template: _Template = template) -> IntArray:
                 plans = np.zeros((len(levels), len(self.space.sites)), dtype=np.int64)
                 plans[:, list(template.sites)] = levels
-                return np.concatenate([self._op_costs(index, plans), np.zeros((len(levels), 1), dtype=np.int64)], axis=1)
+                return np.concatenate(
+                    [self._op_costs(index, plans), np.zeros((len(levels), 1), dtype=np.int64)], axis=1
+                )
 
             table = None
             if math.prod(counts) <= MAX_TABLE:
                 grid = np.array(list(itertools.product(*(range(n) for n in counts))), dtype=np.int64)
-                table = rows(grid.reshape(-1, len(counts))).reshape(*counts, len(self.keys))
+                table = rows(grid.reshape(math.prod(counts), len(counts))).reshape(*counts, len(self.keys))
             factors.append(CostFactor(template.op.name, template.sites, table, rows))
         return factors
 
@@ -162,15 +176,26 @@ class CostModel:
             tables.append(np.array([copies * k // width for k in kept], dtype=np.int64))
         return _Width(constant, tuple(sites), tuple(tables))
 
+    def _results(self) -> dict[str, str]:
+        """Node -> the node that wrote its tensor: an operator's result or an input, through flattening and the like."""
+        written = {op.result for op in self.graph.ops}
+        found: dict[str, str] = {}
+        for node in self.graph.module.graph.nodes:
+            sources = [n.name for n in node.all_input_nodes if n.name in self.graph.values]
+            found[node.name] = node.name if node.name in written or not sources else found[sources[0]]
+        return found
+
     def _quantizing_sites(self) -> dict[str, tuple[int, ...]]:
         """Node -> layer sites whose int8 levels quantize its value."""
-        outputs = {n.name for node in self.graph.module.graph.nodes if node.op == "output" for n in node.all_input_nodes}
+        outputs = {
+            n.name for node in self.graph.module.graph.nodes if node.op == "output" for n in node.all_input_nodes
+        }
         found: dict[str, list[int]] = {}
         for layer in self.graph.layers.values():
             site = self._site.get(f"layer:{layer.name}")
             if site is None or not self._int8[site].any():
                 continue
-            found.setdefault(layer.source, []).append(site)
+            found.setdefault(self._made_by[layer.source], []).append(site)
             if layer.result not in outputs:
                 found.setdefault(layer.result, []).append(site)
         return {name: tuple(dict.fromkeys(sites)) for name, sites in found.items()}
@@ -184,12 +209,28 @@ class CostModel:
         )
         inputs = tuple(self._width(name) for name in op.inputs)
         output = self._width(op.result)
-        flags = tuple(self._touching.get(name, ()) for name in (*op.inputs, op.result))
+        flags = tuple(self._touching.get(self._made_by[name], ()) for name in (*op.inputs, op.result))
         sites = [*(s for width in (*inputs, output) for s in width.sites), *blocks, *(s for f in flags for s in f)]
         if layer_site is not None:
             sites.append(layer_site)
         count = len(self.space.levels[layer_site]) if layer_site is not None else 1
-        return _Template(op, inputs, output, layer_site, count, blocks, flags, tuple(sorted(set(sites))))
+        groups, bias = self._form(op)
+        dense = len(self.graph.values[op.inputs[0]].ids) if op.inputs else 0
+        return _Template(
+            op, inputs, output, layer_site, count, blocks, flags, tuple(sorted(set(sites))), groups, bias, dense
+        )
+
+    def _form(self, op: Op) -> tuple[int, bool]:
+        """Groups and bias of a layer, see :class:`_Template`; a layer without a site is found by its node."""
+        if op.kind not in ("conv", "linear"):
+            return 1, False
+        name = next(str(node.target) for node in self.graph.module.graph.nodes if node.name == op.node)
+        module = self.graph.module.get_submodule(name)
+        norm = op.layer is not None and self.graph.layers[op.layer].norm is not None
+        bias = norm or getattr(module, "bias", None) is not None
+        if not isinstance(module, nn.Conv2d) or module.groups == 1:
+            return 1, bias
+        return (0 if module.groups == module.in_channels else module.groups), bias
 
     def _features(self, template: _Template, plans: IntArray) -> IntArray:
         """What the kernel sees, as columns: alive, layer level, widths in, width out, a flag a tensor.  # (n, ...)"""
@@ -216,9 +257,7 @@ class CostModel:
         widths, flags = features[2 : 3 + n], features[3 + n :]
         in_shape = self._shape(op.inputs[0] if op.inputs else op.result, widths[0] if n else widths[-1])
         out_shape = self._shape(op.result, widths[-1])
-        groups = in_shape[0] if op.layer and self.graph.layers[op.layer].depthwise else 1
-        if op.kind == "linear" and len(in_shape) == 3:
-            in_shape = (math.prod(in_shape),)
+        groups = template.groups or in_shape[0]
         kernel = Kernel(op.kind, in_shape, out_shape, op.kernel, op.stride, groups, "float", op.fused, max(1, n))
         kernels: tuple[Kernel, ...] = (kernel,)
         if template.layer_site is not None:
@@ -226,13 +265,20 @@ class CostModel:
                 handler = handler_of(step)
                 if handler is not None:
                     kernels = tuple(low for k in kernels for low in handler.lower(step, k))
+        if all(flags) and len(kernels) == 1 and kernel.weights and kernels[0].format == "w8":
+            kernels = (replace(kernels[0], format="int8"),)  # between quantized tensors runtimes compute on the integers
         integer = kernels[-1].format == "int8"
         if op.kind in ("add", "concat", "global_pool", "pool") and all(flags):
-            kernels, integer = (Kernel(op.kind, in_shape, out_shape, op.kernel, op.stride, 1, "int8", op.fused, n),), True
+            kernels, integer = (
+                (Kernel(op.kind, in_shape, out_shape, op.kernel, op.stride, 1, "int8", op.fused, n),),
+                True,
+            )
         reads = [flag for flag in flags[:-1] if flag] if not integer else []
         before = tuple(
             Kernel("dequantize", shape, shape)
-            for shape in (self._shape(name, w) for name, w, f in zip(op.inputs, widths, flags, strict=False) if f and reads)
+            for shape in (
+                self._shape(name, w) for name, w, f in zip(op.inputs, widths, flags, strict=False) if f and reads
+            )
         )
         after = (Kernel("quantize", out_shape, out_shape),) if flags[-1] and not integer else ()
         return (*before, *kernels, *after)
@@ -256,11 +302,31 @@ class CostModel:
             start = 0
             for row, kernels in zip(missing, lowered, strict=True):
                 end = start + len(kernels)
-                static = np.sum([_static_costs(k) for k in kernels], axis=0) if kernels else np.zeros(3, dtype=np.int64)
+                static = self._static(template, row, kernels)
                 memo[row] = np.array([*static, *(int(t[start:end].sum()) for t in times)], dtype=np.int64)
                 start = end
         table = np.stack([memo[row] for row in map(tuple, unique.tolist())])
         return table[inverse.reshape(-1)]
+
+    def _static(self, template: _Template, row: tuple[int, ...], kernels: Sequence[Kernel]) -> IntArray:
+        """MACs, parameters and bytes of an operator; of two factors only the second has the bias."""
+        if not kernels:
+            return np.zeros(3, dtype=np.int64)
+        heavy = [kernel for kernel in kernels if kernel.weights]
+        refitted = template.groups == 1 and row[2] < template.dense_inputs
+        total = np.array([0, 0, 0 if heavy else NODE_BYTES], dtype=np.int64)
+        steps = self.space.levels[template.layer_site][row[1]].steps if template.layer_site is not None else ()
+        weights_only = any(isinstance(step, WeightQuant) for step in steps)
+        for kernel in heavy:
+            stored = replace(kernel, format="w8") if weights_only and kernel.format == "int8" else kernel
+            total += _static_costs(stored, kernel is heavy[-1] and (template.bias or refitted or len(heavy) > 1))
+        if template.op.kind == "batch_norm":  # factor, shift, mean and variance of each channel
+            total += np.array([0, 4 * row[3], 16 * row[3]])
+        written = row[-1] + (len(heavy) > 1 and heavy[0].format == "int8")
+        flags = row[3 + len(template.inputs) :]
+        written += sum(flag for name, flag in zip(template.op.inputs, flags, strict=False) if name in self._given)
+        total[2] += written * QUANTIZED_BYTES
+        return total
 
     def _overhead(self) -> IntArray:
         """Costs of running anything at all."""
@@ -276,21 +342,10 @@ class CostModel:
     def _live_results(self) -> list[list[int]]:
         """For each operator in order: which operators' results are live while it runs, itself included."""
         producer = {t.op.result: i for i, t in enumerate(self._templates)}
-        free = {node.name: node for node in self.graph.module.graph.nodes}
-
-        def resolve(name: str) -> int | None:
-            while name not in producer:
-                node = free.get(name)
-                sources = node.all_input_nodes if node is not None else []
-                if not sources:
-                    return None
-                name = sources[0].name
-            return producer[name]
-
         last: dict[int, int] = {i: i for i in range(len(self._templates))}
         for i, template in enumerate(self._templates):
             for name in template.op.inputs:
-                made = resolve(name)
+                made = producer.get(self._made_by[name])
                 if made is not None:
                     last[made] = max(last[made], i)
         return [[j for j in range(i + 1) if last[j] >= i] for i in range(len(self._templates))]
@@ -303,23 +358,20 @@ class CostModel:
             positions = math.prod(self._shape(template.op.result, 1))
             sizes[:, i] = features[:, 2 + len(template.inputs)] * positions * np.where(features[:, -1] > 0, 1, 4)
         steps = [sizes[:, live].sum(axis=1) for live in self._live]
-        return np.max(np.stack(steps, axis=1), axis=1)
+        return np.asarray(np.max(np.stack(steps, axis=1), axis=1), dtype=np.int64)
 
 
-def _static_costs(kernel: Kernel) -> npt.NDArray[np.int64]:
-    """MACs, parameters and file bytes of one kernel."""
-    if kernel.kind not in ("conv", "linear"):
-        return np.array([0, 0, 2 * NODE_BYTES if kernel.kind == "quantize" else 0], dtype=np.int64)
+def _static_costs(kernel: Kernel, bias: bool) -> IntArray:
+    """MACs, parameters and file bytes of one convolution or linear layer, as ``onnx_quant`` writes it."""
     weights, outputs = kernel.weights, kernel.out_shape[0]
-    inputs = kernel.in_shape[0] // kernel.groups
+    biases = outputs * bias
     if kernel.format == "float":
-        size = 4 * (weights + outputs)
-    elif kernel.format == "int8":
-        size = weights + 12 * outputs + 4 * NODE_BYTES
+        size = 4 * weights + 4 * biases
+    elif kernel.format == "int8":  # scale and zero point of the weights; integers and scale of the bias
+        size = weights + 5 * outputs + 8 * biases + DEQUANTIZE_BYTES * (1 + bias)
     elif kernel.format == "w8":
-        size = weights + 8 * outputs + NODE_BYTES
+        size = weights + 4 * outputs + 4 * biases + DEQUANTIZE_BYTES
     else:
-        area = kernel.kernel[0] * kernel.kernel[1]
-        blocks = -(-inputs // GROUP_4BIT) if kernel.kind == "conv" or inputs > GROUP_4BIT else 1
-        size = -(-weights // 2) + 4 * outputs * blocks * area + 4 * outputs + NODE_BYTES
-    return np.array([kernel.macs, weights + outputs, size], dtype=np.int64)
+        blocks = -(-kernel.in_shape[0] // kernel.groups // GROUP_4BIT) * kernel.kernel[0] * kernel.kernel[1]
+        size = -(-weights // 2) + 4 * outputs * blocks + 4 * biases + DEQUANTIZE_BYTES
+    return np.array([kernel.macs, weights + biases, size + LAYER_BYTES], dtype=np.int64)

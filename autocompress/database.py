@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
@@ -60,7 +61,9 @@ class LevelDatabase:
 
     def __init__(self, graph: Graph, space: SearchSpace, task: Task, root: Path, *, seed: int = 0) -> None:
         self.graph, self.space, self.task, self.seed = graph, space, task, seed
-        pruning = [s for levels in space.levels for level in levels for s in level.steps if isinstance(s, ChannelPruning)]
+        pruning = [
+            s for levels in space.levels for level in levels for s in level.steps if isinstance(s, ChannelPruning)
+        ]
         self.importance: Importance = pruning[0].importance if pruning else "obs"
         settings = [VERSION, task.hash, GRAM_IMAGES, ROWS_PER_INPUT, TAYLOR_IMAGES, seed]
         self.folder = root / digest(settings)
@@ -108,8 +111,13 @@ class LevelDatabase:
             raise Cancelled("Stopped while building the level database; the same command continues there.")
 
     def _save(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: save_file(tensors, temporary))
+        def write(temporary: Path) -> None:
+            try:
+                save_file(tensors, temporary)
+            except SafetensorError as error:  # a full disk, in its words
+                raise OSError(str(error)) from error
+
+        write_atomically(path, write)
 
     def _load(self, path: Path) -> dict[str, Tensor]:
         try:
@@ -296,7 +304,9 @@ class LevelDatabase:
         return list(found)
 
     def _is_output(self, name: str) -> bool:
-        return any(user.op == "output" for node in self.graph.module.graph.nodes if node.name == name for user in node.users)
+        return any(
+            user.op == "output" for node in self.graph.module.graph.nodes if node.name == name for user in node.users
+        )
 
     def place_quantizers(self, model: fx.GraphModule, plan: Plan) -> None:
         """Insert activation quantizers with ranges taken from the compressed model on calibration inputs."""

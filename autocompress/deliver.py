@@ -70,7 +70,11 @@ def timed(
             sizes.append(artifact.bytes)
         threads = made.profiles["local"].threads if "local" in made.profiles else 1
         timings = measure_ms(
-            paths, Path(made.original.path), batch=request.batch, threads=threads, seconds=SECONDS_A_MODEL * len(paths) + 2
+            paths,
+            Path(made.original.path),
+            batch=request.batch,
+            threads=threads,
+            seconds=SECONDS_A_MODEL * len(paths) + 2,
         )
     known = made.dense_costs.get(LOCAL)
     deliveries = []
@@ -82,7 +86,7 @@ def timed(
 
 
 def choose(result: JobResult, pick: str) -> Point:
-    """The point that ``pick`` names: ``best``, ``knee``, ``fastest``, ``smallest``, a plan's id or a limit like ``latency_ms<=4``.
+    """The point that ``pick`` names: ``best``, ``knee``, ``fastest``, ``smallest``, a plan's id, or a limit (``latency_ms<=4``).
 
     Raises :class:`UnknownName` or :class:`BudgetUnmet` with the nearest plan.
     """
@@ -122,7 +126,9 @@ def choose(result: JobResult, pick: str) -> Point:
     raise UnknownName("plan", pick, ["best", "knee", "fastest", "smallest", *(p.id for p in final)])
 
 
-def _from_ideal(point: Point, front: Sequence[Point], keys: Sequence[str], value: Callable[[Point, str], float]) -> float:
+def _from_ideal(
+    point: Point, front: Sequence[Point], keys: Sequence[str], value: Callable[[Point, str], float]
+) -> float:
     """Sum of the objectives, each scaled to 0..1 over the front: smallest at the knee."""
     total = 0.0
     for key in keys:
@@ -155,7 +161,9 @@ def certified(
             original,
             parity=parity(model, path, examples),
             quality=quality(original, path, task, seed=request.seed),
-            speed=compare(path, original, batch=request.batch, threads=threads, seconds=COMPARE_SECONDS, seed=request.seed),
+            speed=compare(
+                path, original, batch=request.batch, threads=threads, seconds=COMPARE_SECONDS, seed=request.seed
+            ),
             budgets=[Budget.parse(text) for text in request.budgets],
             hashes={
                 "plan": digest(made.space.plan_to_json(evaluation.plan)),

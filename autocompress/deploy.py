@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from autocompress.graph import make_layer
-from autocompress.methods.quantization import pack_weight, quantizer_of
+from autocompress.graph import FOLDS, make_layer
+from autocompress.methods.quantization import ActivationQuant, pack_weight, quantizer_of
 
 
 def fold_norm(weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
@@ -42,8 +42,9 @@ def deploy(live: fx.GraphModule) -> fx.GraphModule:
         if not isinstance(parts[-1], nn.Conv2d | nn.Linear):
             continue
         norm = _norm_behind(node, modules)
-        new = [_deployed(part, norm if part is parts[-1] else None) for part in parts]
-        _replace(model, str(node.target), nn.Sequential(*new) if isinstance(layer, nn.Sequential) else new[0])
+        grids = [modules.get(str(node.all_input_nodes[0].target)), *parts]  # what each part reads
+        new = [_deployed(p, norm if p is parts[-1] else None, grid) for p, grid in zip(parts, grids, strict=False)]
+        set_submodule(model, str(node.target), nn.Sequential(*new) if isinstance(layer, nn.Sequential) else new[0])
         if norm is not None:
             after = next(iter(node.users))
             after.replace_all_uses_with(node)
@@ -57,12 +58,11 @@ def _norm_behind(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | No
     if len(node.users) != 1:
         return None
     after = next(iter(node.users))
-    norm = modules.get(str(after.target)) if after.op == "call_module" else None
-    return norm if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) else None
+    return modules.get(str(after.target)) if after.meta.get(FOLDS) else None
 
 
-def _deployed(part: Any, norm: nn.Module | None) -> nn.Module:
-    """A copy of one layer with its norm folded and its weight rounded; other modules as they are."""
+def _deployed(part: Any, norm: nn.Module | None, grid: object) -> nn.Module:
+    """A copy of one layer with its norm folded, its weight and (in int8) its bias rounded; other modules as they are."""
     if not isinstance(part, nn.Conv2d | nn.Linear):
         return part  # type: ignore[no-any-return]
     quantizer = quantizer_of(part)
@@ -72,12 +72,21 @@ def _deployed(part: Any, norm: nn.Module | None) -> nn.Module:
     raw = part.parametrizations["weight"].original if quantizer is not None else part.weight  # type: ignore[index,union-attr]
     weight, bias = fold_norm(raw, part.bias, norm)
     packed = pack_weight(weight, quantizer.bits, quantizer.group, quantizer.activations) if quantizer else None
+    if packed is not None and packed.activations and isinstance(grid, ActivationQuant):
+        bias = _on_grid(bias, torch.tensor(grid.scale) * packed.scale)
     new = make_layer(part, packed.dequantize() if packed else weight, bias if norm or part.bias is not None else None)
     if packed is not None:
         new.packed = packed  # type: ignore[assignment]
     return new
 
 
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+def _on_grid(bias: Tensor, scale: Tensor) -> Tensor:
+    """The bias as integer arithmetic adds it: int32 steps of ``input scale * weight scale``.  # (out,)"""
+    steps = (bias.double() / scale.double()).round()
+    return bias if bool((steps.abs() > 2**31 - 1).any()) else steps.float() * scale
+
+
+def set_submodule(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in another's place."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)

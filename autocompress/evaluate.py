@@ -47,7 +47,7 @@ class ModelEvaluator:
     """Judges plans of one database; ``budgets`` are absolute.
 
     ``build``: ``(plan, rung) -> deployed model``; by default stitched, or finished for ``refitted``, and nothing for
-    ``recovered`` (the pipeline gives one that knows distillation and keeps models on disk). ``recovery_key`` is what else
+    ``recovered`` (the pipeline gives one that knows distillation and keeps models on disk). ``recovery_key()`` is what else
     decides that rung. ``counts`` has evaluations by rung that ran a model (cached ones left out), ``seconds`` their time.
     """
 
@@ -60,7 +60,7 @@ class ModelEvaluator:
         *,
         threads: int = 1,
         build: Callable[[Plan, Fidelity], nn.Module] | None = None,
-        recovery_key: object = None,
+        recovery_key: Callable[[], object] = lambda: None,
     ) -> None:
         self.database, self.costs, self.budgets = database, costs, tuple(budgets)
         self.ledger = ledger if ledger is not None else NoLedger()
@@ -69,7 +69,7 @@ class ModelEvaluator:
         self.counts: dict[Fidelity, int] = {}
         self.seconds: dict[Fidelity, float] = {}
         self._key = digest([database.key, SLICE, BATCH, threads])
-        self._recovery_key = digest([self._key, recovery_key])
+        self.recovery_key = recovery_key
         self._reference: Tensor | None = None
 
     def __call__(self, queries: Sequence[Query]) -> list[Evaluation]:
@@ -78,7 +78,7 @@ class ModelEvaluator:
 
     def key(self, plan: Plan, fidelity: Fidelity) -> str:
         """The ledger's key of a plan at a rung."""
-        base = self._recovery_key if fidelity == "recovered" else self._key
+        base = digest([self._key, self.recovery_key()]) if fidelity == "recovered" else self._key
         return digest([base, self.database.space.plan_to_json(plan), fidelity])
 
     def _build(self, plan: Plan, fidelity: Fidelity) -> nn.Module:
@@ -95,11 +95,11 @@ class ModelEvaluator:
         cached = known is not None
         if known is None:
             start = time.perf_counter()
-            known = self._measure(query.plan, query.fidelity)
-            known["seconds"] = time.perf_counter() - start
+            known = {**self._measure(query.plan, query.fidelity)}
+            known["seconds"] = seconds = time.perf_counter() - start
             self.ledger.put(key, known)
             self.counts[query.fidelity] = self.counts.get(query.fidelity, 0) + 1
-            self.seconds[query.fidelity] = self.seconds.get(query.fidelity, 0.0) + known["seconds"]
+            self.seconds[query.fidelity] = self.seconds.get(query.fidelity, 0.0) + seconds
         values = {name: float(known[name]) if known[name] is not None else math.nan for name in VALUES}
         return Evaluation(
             query.plan, query.fidelity, values, costs, self.violation(costs, values), float(known["seconds"]), cached
@@ -129,7 +129,9 @@ class ModelEvaluator:
     def reference(self) -> Tensor:
         """The original's outputs on the search split, computed once."""
         if self._reference is None:
-            self._reference = forward(deploy(self.database.stitch(self.database.space.dense)), self.task, self.task.search)
+            self._reference = forward(
+                deploy(self.database.stitch(self.database.space.dense)), self.task, self.task.search
+            )
         return self._reference
 
 

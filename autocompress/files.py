@@ -61,3 +61,11 @@ def cache_dir() -> Path:
             f"Cannot make the cache folder {folder} ({error.strerror}); set AUTOCOMPRESS_HOME to a writable folder."
         ) from error
     return folder
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder with its parents; raises ``StoreError`` when that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"Cannot make the folder {path} ({error.strerror}); choose another one.") from error

@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from autocompress.database import BATCH, RANGE_IMAGES, LevelDatabase, RangeObserver, freeze_ranges
+from autocompress.deploy import fold_norm, set_submodule
 from autocompress.errors import Cancelled
 from autocompress.gram import Moments, output_rows, positions, solve, unfold
 from autocompress.graph import Keep, Layer
+from autocompress.methods import LowRank
+from autocompress.methods.quantization import ActivationQuant
 from autocompress.types import Plan
 
 FINISH_IMAGES = 1024
@@ -75,21 +78,25 @@ class _Refit:
                 self.changed.add(node)
             for done in last_use.get(node, ()):
                 self.env.pop(done, None)
+            self.dense.passed(node.name)
 
     def _reads_a_change(self, node: fx.Node) -> bool:
         """Whether an input differs from the dense model's: it was changed, or a dropped block stood between."""
         if any(source in self.changed for source in node.all_input_nodes):
             return True
         dense = self.dense.by_name.get(node.name)
-        names = {source.name.removeprefix("quant_") for source in node.all_input_nodes}
+        names = {self._unquantized(source).name for source in node.all_input_nodes}
         return dense is not None and names != {source.name for source in dense.all_input_nodes}
 
+    def _is_quantizer(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and isinstance(self.model.get_submodule(str(node.target)), ActivationQuant)
+
+    def _unquantized(self, node: fx.Node) -> fx.Node:
+        return node.all_input_nodes[0] if self._is_quantizer(node) else node
+
     def _outputs(self, node: fx.Node) -> list[Any]:
-        module = self.model.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, RangeObserver):
-            raise TypeError("Ranges are frozen before refitting.")
-        if module is not None and str(node.target).startswith("quant_"):
-            _recalibrate(module, self.env[node.all_input_nodes[0]])
+        if self._is_quantizer(node):
+            self._recalibrate(node)
         return [run_node(self.model, node, self.env, i, batch) for i, batch in enumerate(self.inputs)]
 
     def _refit_layer(self, node: fx.Node, layer: Layer) -> None:
@@ -101,8 +108,8 @@ class _Refit:
         if steps or new_inputs or not self.keep[layer.outputs].all():
             self.changed.add(node)
         gram = self.database.gram(layer.name)
-        if gram is None or not (new_inputs or steps):
-            return
+        if gram is None or not (new_inputs or any(isinstance(step, LowRank) for step in steps)):
+            return  # on the inputs it was trained on, a layer's own weights are the best fit before rounding
         rows = layer.kept_outputs(self.keep)
         other, total = self._other_side(layer)
         per_image = -(-ROWS_PER_INPUT * len(gram) // self.images)
@@ -120,7 +127,7 @@ class _Refit:
             moments.add(x, target)
         solution = solve(moments.gram, moments.cross)
         weight, bias = solution[:, :-1].float(), solution[:, -1].float()
-        shape = (len(rows), len(layer.kept_inputs(self.keep)), *like.weight.shape[2:])  # type: ignore[union-attr,operator]
+        shape = (len(rows), len(layer.kept_inputs(self.keep)), *self.database.folded(layer.name)[0].shape[2:])
         made = self.database.neutral(layer, weight.reshape(shape), bias, moments.gram, steps)
         for name, part in made.items():
             self._install(name, part, layer)
@@ -128,18 +135,17 @@ class _Refit:
 
     def _normed(self, layer: Layer, target: Tensor, rows: Any) -> Tensor:
         """Dense pre-norm outputs -> what the norm makes of them: targets are in folded space."""
-        norm = self.database.graph.module.get_submodule(layer.norm)  # type: ignore[arg-type]
+        norm = self.database.graph.module.get_submodule(str(layer.norm))
+        factor, shift = fold_norm(torch.ones(len(layer.outputs)), None, norm)
         index = torch.from_numpy(rows)
-        factor = (norm.running_var + norm.eps).rsqrt() * norm.weight  # type: ignore[operator]
-        shift = norm.bias - norm.running_mean * factor  # type: ignore[operator]
-        return target * factor[index] + shift[index]  # type: ignore[index]
+        return target * factor[index] + shift[index]
 
     def _other_side(self, layer: Layer) -> tuple[fx.Node | None, str | None]:
         """If the layer's result is added to a value already known: that value's node and the addition's name."""
         if layer.activation is not None:
             return None, None
         node = next(n for n in self.model.graph.nodes if n.name == layer.result)
-        while len(node.users) == 1 and str(next(iter(node.users)).target).startswith("quant_"):
+        while len(node.users) == 1 and self._is_quantizer(next(iter(node.users))):
             node = next(iter(node.users))
         if len(node.users) != 1:
             return None, None
@@ -150,7 +156,16 @@ class _Refit:
         other = next((n for n in add.all_input_nodes if n is not node), None)
         if other is None or other not in self.env or other not in self.changed:
             return None, None
+        values = self.database.graph.values
+        if values[self._unquantized(other).name].shape != values[layer.node].shape:
+            return None, None  # broadcast
         return other, add.name
+
+    def _recalibrate(self, node: fx.Node) -> None:
+        """Ranges of the compressed model as it is now, on as many inputs as at the database's rung."""
+        seen = self.env[node.all_input_nodes[0]][: -(-RANGE_IMAGES // BATCH)]
+        low, high = min(float(b.min()) for b in seen), max(float(b.max()) for b in seen)
+        set_submodule(self.model, str(node.target), ActivationQuant(low, high))
 
     def _kept_of(self, node: str) -> Tensor:
         return torch.from_numpy(np.flatnonzero(self.keep[self.database.graph.values[node].ids]))
@@ -158,8 +173,7 @@ class _Refit:
     def _install(self, name: str, part: nn.Module, layer: Layer) -> None:
         if isinstance(part, nn.Sequential) and layer in self.database.int8_layers(self.plan):
             part = nn.Sequential(part[0], RangeObserver(), part[1])
-        parent, _, leaf = name.rpartition(".")
-        setattr(self.model.get_submodule(parent), leaf, part)
+        set_submodule(self.model, name, part)
 
     def _calibrate_inside(self, layer: Layer, source: fx.Node) -> None:
         """Ranges between the two factors of an int8 low-rank layer."""
@@ -168,13 +182,6 @@ class _Refit:
             for batch in self.env[source][: -(-RANGE_IMAGES // BATCH)]:
                 module(batch)
             freeze_ranges(module)
-
-
-def _recalibrate(quantizer: nn.Module, batches: list[Tensor]) -> None:
-    """Ranges of the compressed model as it is now, on as many inputs as at the database's rung."""
-    seen = batches[: -(-RANGE_IMAGES // BATCH)]
-    low, high = min(float(b.min()) for b in seen), max(float(b.max()) for b in seen)
-    quantizer.__init__(low, high)  # type: ignore[misc]
 
 
 def run_node(model: fx.GraphModule, node: fx.Node, env: dict[fx.Node, list[Any]], i: int, batch: Tensor) -> Any:
@@ -196,7 +203,7 @@ def run_node(model: fx.GraphModule, node: fx.Node, env: dict[fx.Node, list[Any]]
 
 
 class _Lazy:
-    """Values of the dense graph, advanced only as far as asked, forgotten after their last use plus one read."""
+    """Values of the dense graph, advanced only as far as asked, forgotten once the compressed walk has passed their last use."""
 
     def __init__(self, module: fx.GraphModule, inputs: list[Tensor]) -> None:
         self.module, self.inputs = module, inputs
@@ -204,17 +211,22 @@ class _Lazy:
         self.at = 0
         self.env: dict[fx.Node, list[Any]] = {}
         self.by_name = {node.name: node for node in self.nodes}
-        self.last = _last_uses(module.graph)
-        self.pending: list[fx.Node] = []
+        index = {node: i for i, node in enumerate(self.nodes)}
+        self.index = index
+        self.last = {node: max((index[user] for user in node.users), default=index[node]) for node in self.nodes}
+
+    def passed(self, name: str) -> None:
+        """The compressed walk is beyond this node."""
+        if name in self.by_name:
+            line = min(self.index[self.by_name[name]], self.at - 1)
+            for done in [node for node in self.env if self.last[node] <= line]:
+                del self.env[done]
 
     def value(self, name: str, i: int) -> Tensor:
         want = self.by_name[name]
         while want not in self.env:
-            for done in self.pending:
-                self.env.pop(done, None)
             node = self.nodes[self.at]
             self.env[node] = [run_node(self.module, node, self.env, j, b) for j, b in enumerate(self.inputs)]
-            self.pending = [n for n in self.last.get(node, ()) if n is not want]
             self.at += 1
         return self.env[want][i]  # type: ignore[no-any-return]
 

@@ -96,8 +96,10 @@ def solve(gram: Tensor, cross: Tensor, ridge: float = RIDGE) -> Tensor:
     damp[-1] = 1e-9
     factor, info = torch.linalg.cholesky_ex(gram + damp.diag())
     if int(info) != 0:  # singular up to rounding: the pseudo-inverse is the least-norm answer
-        return cross @ torch.linalg.pinv(gram + damp.diag(), hermitian=True)
-    return torch.cholesky_solve(cross.T, factor).T
+        inverse: Tensor = torch.linalg.pinv(gram + damp.diag(), hermitian=True)
+        return cross @ inverse
+    solved: Tensor = torch.cholesky_solve(cross.T, factor).T
+    return solved
 
 
 def refit(weight: Tensor, bias: Tensor, gram: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,9 +21,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
-from autocompress.channel_rules import Classes, Value, apply_rule, call_target, is_relu, op_kind, op_window
+from autocompress.channel_rules import AXIS, Classes, Value, apply_rule, call_target, is_relu, op_kind, op_window
 from autocompress.errors import UnsupportedModel
+from autocompress.tracing import Shapes, check_faithful, normalized
 
 Keep = npt.NDArray[np.bool_]
 """One boolean a class.  # (n_classes,)"""
@@ -122,11 +124,13 @@ def trace(model: nn.Module, example: Tensor, *, proofs: bool = True) -> Graph:
     ``example``: one input batch ``(n, ...)``. Raises :class:`UnsupportedModel` with the reason if the model's control flow
     depends on its input. Groups whose proof fails are refused by name in ``Graph.refused`` and left whole.
     """
-    module = _normalized(model)
+    module = normalized(model)
+    check_faithful(model, module, example)
     nodes = {node.name: node for node in module.graph.nodes}
     values, classes, channelwise = _propagate(module, example)
-    layers = _find_layers(module, values)
+    layers = _find_layers(module, values, classes)
     groups, refused = _find_groups(layers, classes)
+    refused |= _left_alone(module, layers)
     graph = Graph(
         module=module,
         values={name: value.resolved(classes) for name, value in values.items()},
@@ -144,60 +148,15 @@ def trace(model: nn.Module, example: Tensor, *, proofs: bool = True) -> Graph:
     return graph
 
 
-def _normalized(model: nn.Module) -> fx.GraphModule:
-    """A traced copy in eval mode without in-place operations (they would change values that others still read)."""
-    try:
-        module = fx.symbolic_trace(copy.deepcopy(model).eval())
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnsupportedModel(
-            f"The model cannot be traced: {reason} Control flow must not depend on the input's values; "
-            "move such branches out of forward()."
-        ) from error
-    in_place = {operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub}
-    for node in module.graph.nodes:
-        if node.op == "call_function" and node.target in in_place:
-            node.target = in_place[node.target]
-        if node.op == "call_method" and node.target in ("add_", "mul_", "relu_", "sub_"):
-            node.target = node.target[:-1]
-        if "inplace" in node.kwargs:
-            node.kwargs = {**node.kwargs, "inplace": False}
-    for part in module.modules():
-        if getattr(part, "inplace", False):
-            part.inplace = False
-    module.graph.eliminate_dead_code()
-    module.recompile()
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-    return module
-
-
-class _Shapes(fx.Interpreter):
-    """Runs the example and keeps the shape of every tensor."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.shapes: dict[str, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, Tensor):
-            self.shapes[n.name] = tuple(result.shape)
-        elif isinstance(result, tuple | list) and result and all(isinstance(part, Tensor) for part in result):
-            self.shapes[n.name] = [tuple(part.shape) for part in result]
-        return result
-
-
 def _propagate(
     module: fx.GraphModule, example: Tensor
 ) -> tuple[dict[str, Value], Classes, dict[str, npt.NDArray[np.int64]]]:
-    runner = _Shapes(module)
-    try:
-        with torch.no_grad():
-            runner.run(example)
-    except Exception as error:
-        raise UnsupportedModel(f"The model does not run on its example input: {error}") from error
-    classes, values, channelwise = Classes(), {}, {}
+    runner = Shapes(module)
+    with torch.no_grad():
+        runner.run(example)
+    classes = Classes()
+    values: dict[str, Value] = {}
+    channelwise: dict[str, npt.NDArray[np.int64]] = {}
     uses = _module_uses(module)
     for node in module.graph.nodes:
         shape = runner.shapes.get(node.name)
@@ -220,7 +179,7 @@ def _module_uses(module: fx.GraphModule) -> dict[str, int]:
     return {name: count[id(modules[name])] for name in called}
 
 
-def _find_layers(module: fx.GraphModule, values: Mapping[str, Value]) -> dict[str, Layer]:
+def _find_layers(module: fx.GraphModule, values: Mapping[str, Value], classes: Classes) -> dict[str, Layer]:
     layers = {}
     modules = dict(module.named_modules(remove_duplicate=False))
     uses = _module_uses(module)
@@ -230,7 +189,11 @@ def _find_layers(module: fx.GraphModule, values: Mapping[str, Value]) -> dict[st
             continue
         last, norm, activation = node, None, None
         user = _only_user(last)
-        if user is not None and uses.get(str(user.target)) == 1 and _folds(modules[str(user.target)], values[node.name]):
+        if (
+            user is not None
+            and uses.get(str(user.target)) == 1
+            and _folds(modules[str(user.target)], values[node.name])
+        ):
             last, norm = user, str(user.target)
             last.meta[FOLDS] = True
             user = _only_user(last)
@@ -240,7 +203,7 @@ def _find_layers(module: fx.GraphModule, values: Mapping[str, Value]) -> dict[st
         layers[str(node.target)] = Layer(
             name=str(node.target),
             node=node.name,
-            inputs=values[source.name].ids,
+            inputs=_input_ids(part, values[source.name], classes),
             outputs=values[node.name].ids,
             depthwise=isinstance(part, nn.Conv2d) and part.groups > 1,
             norm=norm,
@@ -249,6 +212,29 @@ def _find_layers(module: fx.GraphModule, values: Mapping[str, Value]) -> dict[st
             result=last.name,
         )
     return layers
+
+
+def _left_alone(module: fx.GraphModule, layers: Mapping[str, Layer]) -> dict[str, str]:
+    """What has weights and no site: nothing is skipped without a word."""
+    found = {}
+    uses = _module_uses(module)
+    for node in module.graph.nodes:
+        if node.op == "call_module" and str(node.target) not in layers:
+            part = module.get_submodule(str(node.target))
+            if any(parameter.ndim > 1 for parameter in part.parameters()):
+                shared = "it is used in more than one place" if uses[str(node.target)] > 1 else ""
+                found[str(node.target)] = shared or f"a {type(part).__name__} stays as it is"
+        elif node.op == "call_function" and node.target in (F.conv2d, F.linear):
+            found[node.name] = "it is a function call, and only modules are compressed"
+    return found
+
+
+def _input_ids(part: nn.Conv2d | nn.Linear, source: Value, classes: Classes) -> npt.NDArray[np.int64]:
+    """Classes along the axis that the layer reads; a linear layer may read one whose channels nobody follows."""
+    conv = isinstance(part, nn.Conv2d)
+    if source.dim == (1 if conv else len(source.shape) - 1):
+        return source.ids
+    return classes.fresh_pinned(int(part.in_channels if conv else part.in_features), AXIS)  # type: ignore[arg-type]
 
 
 def _folds(norm: nn.Module, value: Value) -> bool:
@@ -267,7 +253,7 @@ def _resolved(layer: Layer, classes: Classes) -> Layer:
 
 
 def _find_groups(layers: Mapping[str, Layer], classes: Classes) -> tuple[tuple[Group, ...], dict[str, str]]:
-    """Classes with the same producers and consumers are one group."""
+    """Classes that stand equally often at the same producers and consumers are one group."""
     producers: dict[int, list[str]] = {}
     consumers: dict[int, list[str]] = {}
     for layer in layers.values():
@@ -276,7 +262,8 @@ def _find_groups(layers: Mapping[str, Layer], classes: Classes) -> tuple[tuple[G
                 continue
             for root in dict.fromkeys(classes.roots(side).tolist()):
                 found.setdefault(root, []).append(layer.name)
-    members: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
+    members: dict[tuple[object, ...], list[int]] = {}
+    copies = _copies(layers, classes)
     refused: dict[str, str] = {}
     for root, makers in producers.items():
         real = [name for name in makers if not layers[name].depthwise]
@@ -287,11 +274,12 @@ def _find_groups(layers: Mapping[str, Layer], classes: Classes) -> tuple[tuple[G
             for name in makers:
                 refused.setdefault(name, reason)
             continue
-        members.setdefault((tuple(makers), tuple(consumers[root])), []).append(root)
+        members.setdefault((tuple(makers), tuple(consumers[root]), copies[root]), []).append(root)
     groups = []
-    for (makers, readers), roots in members.items():
+    for roots in members.values():
+        makers = producers[roots[0]]
         first = next(name for name in makers if not layers[name].depthwise)
-        groups.append(Group(first, np.array(roots, dtype=np.int64), makers, readers))
+        groups.append(Group(first, np.array(roots, dtype=np.int64), tuple(makers), tuple(consumers[roots[0]])))
     for group in groups:
         for name in group.producers:
             refused.pop(name, None)
@@ -301,6 +289,18 @@ def _find_groups(layers: Mapping[str, Layer], classes: Classes) -> tuple[tuple[G
         if seen > 1:
             groups[i] = Group(f"{group.name}#{seen}", group.classes, group.producers, group.consumers)
     return tuple(groups), refused
+
+
+def _copies(layers: Mapping[str, Layer], classes: Classes) -> dict[int, tuple[int, ...]]:
+    """How often each class stands at each layer that has it, in order."""
+    found: dict[int, list[int]] = {}
+    for layer in layers.values():
+        for ids in (layer.outputs, layer.inputs):
+            for root, n in zip(
+                *(part.tolist() for part in np.unique(classes.roots(ids), return_counts=True)), strict=True
+            ):
+                found.setdefault(root, []).append(n)
+    return {root: tuple(counts) for root, counts in found.items()}
 
 
 def _find_blocks(module: fx.GraphModule, values: Mapping[str, Value]) -> tuple[Block, ...]:
@@ -557,7 +557,7 @@ def prove(graph: Graph, group: Group, example: Tensor, seed: int = 0) -> float:
         made = slice_layer(graph, layer, inputs, outputs)
         if not layer.depthwise:
             gone = torch.from_numpy(np.flatnonzero(~keep[layer.inputs]))
-            made[layer.name].weight.data[:, gone] = 0  # type: ignore[operator,index,union-attr]
+            made[layer.name].weight.data[:, gone] = 0  # type: ignore[operator]
         return made
 
     with torch.no_grad():
@@ -580,7 +580,9 @@ def _refuse_unproved(graph: Graph, example: Tensor) -> None:
             graph.refused[group.name] = f"the pruned model does not run ({str(error).splitlines()[0]})"
             continue
         if difference > TOLERANCE:
-            graph.refused[group.name] = f"pruned and masked outputs differ by {difference:.1e} (allowed {TOLERANCE:.0e})"
+            graph.refused[group.name] = (
+                f"pruned and masked outputs differ by {difference:.1e} (allowed {TOLERANCE:.0e})"
+            )
             continue
         proved.append(group)
     graph.groups = tuple(proved)

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, fx, nn
 
 from autocompress.database import LevelDatabase
 from autocompress.deploy import deploy
-from autocompress.errors import UsageError
-from autocompress.files import write_bytes
+from autocompress.errors import StoreError, UsageError
+from autocompress.files import make_folder, write_bytes
 from autocompress.finish import finish
 from autocompress.methods.quantization import ActivationQuant
 from autocompress.recover import Recovery, recover
 from autocompress.types import Fidelity, Plan, digest
 
-RANGE = ".range"
+RANGE, STEPS = ".range", "recovery.steps"
 
 
 class Models:
     """Live and deployed models of one database's plans.
 
     ``folder``: where refitted and recovered models are kept; ``recovery``: how to distil (``None``: that rung is refused);
-    ``reference``: the original's outputs on the search split, asked for when needed.
+    ``reference``: the original's outputs on the search split, asked for when needed. ``steps``: how long a recovered model must
+    have been trained at least; a model trained for longer serves, too.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Models:
         on_step: Callable[[int, int], None] | None = None,
     ) -> None:
         self.database, self.folder, self.recovery = database, folder, recovery
+        self.steps = recovery.steps if recovery else 0
         self.reference, self.cancelled, self.on_step = reference, cancelled, on_step
 
     def deployed(self, plan: Plan, fidelity: Fidelity) -> fx.GraphModule:
@@ -50,11 +54,17 @@ class Models:
             return self.database.stitch(plan)
         path = self.path(plan, fidelity)
         if path.exists():
-            return _restore(self.database.stitch(plan), path)
+            kept = _read(path)
+            if fidelity == "refitted" or int(kept[STEPS]) >= self.steps:
+                return _restore(self.database.stitch(plan), kept)
         model = finish(self.database, plan, self.cancelled) if fidelity == "refitted" else self._recovered(plan)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, save(_state(model)))
+        make_folder(path.parent)
+        write_bytes(path, save({**_state(model), STEPS: torch.tensor(self.steps)}))
         return model
+
+    def recovery_key(self) -> object:
+        """What decides the rung ``recovered``, for the ledger."""
+        return [vars(self.recovery) if self.recovery else None, self.steps]
 
     def path(self, plan: Plan, fidelity: Fidelity) -> Path:
         """Where a model is kept: named by everything that decides it."""
@@ -66,10 +76,8 @@ class Models:
         if self.recovery is None:
             raise UsageError("This run has no recovery; give it training data and recover_minutes above 0.")
         start = self.live(plan, "refitted")
-        original = self.database.graph.module
-        return recover(
-            start, original, self.database.task, self.recovery, self.reference(), self.on_step, self.cancelled
-        )
+        original, settings = self.database.graph.module, replace(self.recovery, steps=self.steps)
+        return recover(start, original, self.database.task, settings, self.reference(), self.on_step, self.cancelled)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -81,9 +89,16 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _restore(model: fx.GraphModule, path: Path) -> fx.GraphModule:
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load(path.read_bytes())
+    except SafetensorError as error:
+        raise StoreError(f"{path} cannot be read ({error}); delete it and run the same command again.") from error
+
+
+def _restore(model: fx.GraphModule, tensors: dict[str, Tensor]) -> fx.GraphModule:
     """Fill a stitched model, which has the right shapes, with what was kept."""
-    tensors = load(path.read_bytes())
+    tensors = {name: tensor for name, tensor in tensors.items() if name != STEPS}
     parts = dict(model.named_modules())
     for name in [name for name in tensors if name.endswith(RANGE)]:
         part, (scale, zero) = parts[name.removesuffix(RANGE)], tensors.pop(name).tolist()

@@ -16,23 +16,29 @@ from typing import Any
 import torch
 
 from autocompress.deliver import Delivery, certified, choose, replay_command, timed
-from autocompress.errors import BudgetUnmet, Cancelled, InfeasibleBudget, UsageError
+from autocompress.errors import BudgetUnmet, Cancelled, InfeasibleBudget, StoreError, UsageError
 from autocompress.evaluate import ModelEvaluator
-from autocompress.files import write_text
+from autocompress.files import make_folder, write_text
 from autocompress.models import Models
 from autocompress.prepare import Prepared, prepare, recovery_of
 from autocompress.report import make_result
 from autocompress.results import JobResult, Progress, Request, Stage
-from autocompress.search import CONTROLLERS, ParetoFront, check_feasible
+from autocompress.search import CONTROLLERS, ParetoFront, Polish, check_feasible
 from autocompress.search import run as run_search
 from autocompress.tasks import Task
-from autocompress.types import METRICS, Budget, Evaluation, Ledger, Objective, Plan, Query
+from autocompress.types import METRICS, Budget, Evaluation, Fidelity, Ledger, Objective, Plan, Query
 
 DEFAULT_EVALUATIONS = 400
 REFITTED = 10
 """Plans that are judged after sequential refit: the best under the budgets' costs, and a spread over the front."""
 RECOVERED = 4
 """Plans that are distilled: those nearest the budgets (the ladder's K)."""
+TIMED = 10
+LONGER = 4
+"""The plan that recovers best is then distilled this many times longer."""
+POLISH_SHARE = 12
+"""One evaluation in so many is spent again after refit, climbing from the best plans."""
+RUNGS: tuple[Fidelity, ...] = ("slice", "full", "refitted")
 SPARE = 0.98
 """After predictions proved too low, the search aims this much below the corrected limit."""
 
@@ -41,7 +47,8 @@ class _Stages:
     """Progress ticks and wall time by stage."""
 
     def __init__(self, progress: Callable[[Progress], None] | None) -> None:
-        self.progress, self.seconds = progress, {}
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
         self.stage: Stage = "task"
 
     @contextmanager
@@ -73,7 +80,7 @@ def compress(
     be known, :class:`BudgetUnmet` after everything is written when the measured plan misses a budget, :class:`Cancelled`
     when stopped; every evaluation is kept then.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     stages = _Stages(progress)
     torch.set_num_threads(request.threads or len(os.sched_getaffinity(0)))
     try:
@@ -97,16 +104,19 @@ class _Run:
         self.request, self.out, self.stages, self.cancelled = request, out, stages, cancelled
         self.given_task, self.ledger = task, ledger
         self.notes: list[str] = []
+        self.round = ""
+        self.searched = 0
 
     def go(self) -> JobResult:
         self._prepare()
         with self.stages.at("search", self.request.controller):
             check_feasible(self.made.space, self.made.costs, self.budgets)
             self._search(self.budgets)
-        deliveries = self._refit_and_measure()
+        self._refit()
+        deliveries = self._timed(self._chosen())
         if not any(self._holds(d) for d in deliveries):
             deliveries = self._correct(deliveries)
-        deliveries += self._recover(deliveries)
+        deliveries = self._recover(deliveries)
         return self._finish(deliveries)
 
     # ------------------------------------------------------------ steps
@@ -119,54 +129,78 @@ class _Run:
         recovery = recovery_of(self.request, made, self.out)
         self.request = self.request.model_copy(update={"recover_steps": recovery.steps if recovery else 0})
         write_text(self.out / "request.json", self.request.model_dump_json(indent=1))
-        settings = vars(recovery) if recovery else None
         self.evaluator = ModelEvaluator(
-            made.database, made.costs, self.budgets, self.ledger, threads=torch.get_num_threads(), recovery_key=settings
+            made.database, made.costs, self.budgets, self.ledger, threads=torch.get_num_threads()
         )
         self.models = Models(
             made.database, self.out / "models", recovery, self.evaluator.reference, self.cancelled, self._distilling
         )
-        self.evaluator.build = self.models.deployed
+        self.evaluator.build, self.evaluator.recovery_key = self.models.deployed, self.models.recovery_key
         cost = next((b.key for b in self.budgets if not METRICS[b.metric].quality), "macs")
         self.front = ParetoFront([Objective("loss"), Objective(cost)])
 
     def _search(self, budgets: Sequence[Budget]) -> None:
-        controller = CONTROLLERS[self.request.controller](
-            self.made.space, self.made.costs, budgets, self.request.seed
-        )
-        limit = self.request.evaluations
-        if limit is None and self.request.minutes is None:
-            limit = DEFAULT_EVALUATIONS
+        controller = CONTROLLERS[self.request.controller](self.made.space, self.made.costs, budgets, self.request.seed)
         outcome = run_search(
             controller,
             self.evaluator,
             self.front,
-            evaluations=limit,
+            evaluations=None if self.request.minutes else self._limit(),
             minutes=self.request.minutes,
             on_progress=lambda done, total: self.stages.tick(done, total, self._best_so_far()),
             cancelled=self.cancelled,
         )
-        self.searched = getattr(self, "searched", 0) + outcome.n
+        self.searched += outcome.n
         dense = self.evaluator([Query(self.made.space.dense, "full")])
         self.front.add(dense)
 
-    def _best_so_far(self) -> str:
-        best = self.front.best(fidelity="full")
-        if best is None:
+    def _best_so_far(self, rung: Fidelity = "full") -> str:
+        inside = [e for e in self.front.evaluations(rung) if self._cheap_enough(e)]
+        if not inside:
             return "no plan holds every budget yet"
-        return f"best drop {best.values['accuracy_drop']:.2f} points at {_short(best, self.front)}"
+        return f"best drop {inside[0].values['accuracy_drop']:.2f} points at {_short(inside[0], self.front)}"
 
-    def _refit_and_measure(self) -> list[Delivery]:
-        """The candidates after sequential refit, exported and timed together."""
+    def _refit(self) -> None:
+        """The candidates after sequential refit, then a climb from the best of them at that rung."""
         plans = self._candidates()
         with self.stages.at("refit", f"{len(plans)} plans"):
-            judged: list[Evaluation] = []
             for i, plan in enumerate(plans):
                 self.stages.tick(i, len(plans))
-                self._stop_if_cancelled("refitting")
-                judged += self.evaluator([Query(plan, "refitted")])
-            self.front.add(judged)
-        return self._timed(judged)
+                self._judge([plan], "refitted")
+            known = [e for rung in RUNGS for e in self.front.evaluations(rung)]
+            climb = Polish(self.made.space, self.made.costs, self.budgets, self.request.seed, known)
+            limit = max(4, self._limit() // POLISH_SHARE)
+            run_search(
+                climb,
+                self.evaluator,
+                self.front,
+                evaluations=limit,
+                batch=2,
+                on_progress=lambda done, total: self.stages.tick(done, total, self._best_so_far("refitted")),
+                cancelled=self.cancelled,
+            )
+
+    def _judge(self, plans: Sequence[Plan], fidelity: Fidelity) -> list[Evaluation]:
+        if self.cancelled and self.cancelled():
+            raise Cancelled("Stopped while judging plans; everything evaluated so far is kept.")
+        found = self.evaluator([Query(plan, fidelity) for plan in plans])
+        self.front.add(found)
+        return found
+
+    def _limit(self) -> int:
+        """Evaluations to spend: what was asked for, or what a search by the clock has made."""
+        return self.request.evaluations or (self.searched if self.request.minutes else DEFAULT_EVALUATIONS)
+
+    def _chosen(self) -> list[Evaluation]:
+        """Refitted plans to be timed: the best under the limits on costs, and a spread over the whole front."""
+        inside = [e for e in self.front.evaluations("refitted") if self._cheap_enough(e)]
+        line = [e for e in self.front.at("refitted", feasible=False) if e not in inside[:RECOVERED]]
+        count = min(len(line), TIMED - min(len(inside), RECOVERED))
+        spread = [line[round(i * (len(line) - 1) / max(1, count - 1))] for i in range(count)]
+        return list({e.plan: e for e in [*inside[:RECOVERED], *spread]}.values())
+
+    def _cheap_enough(self, evaluation: Evaluation) -> bool:
+        return all(b.violation(evaluation[b.key]) == 0 for b in self.budgets if not METRICS[b.metric].quality)
 
     def _timed(self, judged: Sequence[Evaluation]) -> list[Delivery]:
         with self.stages.at("export", f"{len(judged)} plans, to time them"):
@@ -174,10 +208,9 @@ class _Run:
 
     def _candidates(self) -> list[Plan]:
         """Plans worth a refit: first those under the cost budgets with the best fitness, then along the whole front."""
-        hard = [b for b in self.budgets if not METRICS[b.metric].quality]
         full = [e for e in self.front.evaluations("full") if e.plan != self.made.space.dense]
-        inside = [e for e in full if all(b.violation(e[b.key]) == 0 for b in hard)]
-        near = [e.plan for e in inside[: max(REFITTED // 2, REFITTED - 5)]]
+        inside = [e for e in full if self._cheap_enough(e)]
+        near = [e.plan for e in inside[: REFITTED // 2]]
         line = [e.plan for e in self.front.at("full", feasible=False) if e.plan != self.made.space.dense]
         count = min(len(line), REFITTED - len(near))
         spread = [line[round(i * (len(line) - 1) / max(1, count - 1))] for i in range(count)]
@@ -185,9 +218,7 @@ class _Run:
 
     def _holds(self, delivery: Delivery) -> bool:
         """Whether every budget on costs holds, measured where it was measured; quality may still be recovered."""
-        return all(
-            b.violation(delivery.value(b.key)) == 0 for b in self.budgets if not METRICS[b.metric].quality
-        )
+        return all(b.violation(delivery.value(b.key)) == 0 for b in self.budgets if not METRICS[b.metric].quality)
 
     def _correct(self, deliveries: list[Delivery]) -> list[Delivery]:
         """Predictions were too low for every candidate: correct them by what was measured, and search once more."""
@@ -215,27 +246,31 @@ class _Run:
         ]
         new = [e.plan for e in inside if e.plan not in known][:4]
         with self.stages.at("refit", f"{len(new)} plans"):
-            judged = self.evaluator([Query(plan, "refitted") for plan in new])
-            self.front.add(judged)
+            judged = self._judge(new, "refitted")
         return deliveries + self._timed(judged)
 
     def _recover(self, deliveries: list[Delivery]) -> list[Delivery]:
-        """The plans nearest the budgets, distilled equally long and judged again."""
+        """The plans nearest the budgets, distilled equally briefly and judged again; the best of them then goes on."""
         if self.models.recovery is None:
-            return []
+            return deliveries
         inside = [d for d in deliveries if self._holds(d)] or deliveries
         chosen = sorted(inside, key=lambda d: d.evaluation.values["loss"])[:RECOVERED]
-        judged: list[Evaluation] = []
         with self.stages.at("recover", f"{len(chosen)} plans"):
+            judged: list[Evaluation] = []
             for i, delivery in enumerate(chosen):
-                self.stages.tick(i, len(chosen), f"plan {i + 1} of {len(chosen)}")
-                judged += self.evaluator([Query(delivery.evaluation.plan, "recovered")])
-            self.front.add(judged)
+                self.round = f"plan {i + 1} of {len(chosen)}"
+                judged += self._judge([delivery.evaluation.plan], "recovered")
+            winner = min(judged, key=lambda e: (e.violation, e.values["loss"]))
+            self.round = "the best, longer"
+            brief = self.models.steps
+            self.models.steps = brief * LONGER
+            final = {e.plan: e for e in [*judged, *self._judge([winner.plan], "recovered")]}
+            self.models.steps = brief
         measured = {d.evaluation.plan: d.measured for d in deliveries}
-        return [Delivery(e, measured[e.plan]) for e in judged]
+        return [*deliveries, *(Delivery(e, measured[e.plan]) for e in final.values())]
 
     def _distilling(self, done: int, total: int) -> None:
-        self.stages.tick(done, total, "distilling")
+        self.stages.tick(done, total, self.round)
 
     def _finish(self, deliveries: list[Delivery]) -> JobResult:
         holding = [d for d in deliveries if self._holds(d) and self._quality_holds(d)]
@@ -259,7 +294,15 @@ class _Run:
 
     def _write(self, deliveries: list[Delivery], best: Delivery | None) -> JobResult:
         result = make_result(
-            self.request, self.made, self.front, deliveries, best, self.budgets, self.stages.seconds, self.searched, self.notes
+            self.request,
+            self.made,
+            self.front,
+            deliveries,
+            best,
+            self.budgets,
+            self.stages.seconds,
+            self.searched,
+            self.notes,
         )
         write_text(self.out / "result.json", result.model_dump_json(indent=1))
         return result
@@ -306,6 +349,10 @@ def export(
         result = JobResult.model_validate_json((folder / "result.json").read_bytes())
     except OSError as error:
         raise UsageError(f"{folder} holds no result.json; run the job first.") from error
+    except ValueError as error:
+        raise StoreError(
+            f"{folder / 'result.json'} is damaged or was written by another version of AutoCompress; run the job again."
+        ) from error
     request = result.request
     if request is None:
         raise UsageError(f"{folder / 'result.json'} does not say what was asked; run the job again.")
@@ -315,7 +362,7 @@ def export(
     run._prepare()
     point = choose(result, pick)
     path = out or folder / f"{point.id}.onnx"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     plan = run.made.space.plan_from_json(point.levels)
     evaluation = Evaluation(plan, point.fidelity, point.values, point.costs, point.violation)
     replay = f"{replay_command(request, folder)} && autocompress export {folder} --pick {point.id} --out {path}"

@@ -6,6 +6,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,7 +99,7 @@ def _notes(graph: Graph, request: Request) -> tuple[str, ...]:
 def _original(database: LevelDatabase, out: Path) -> Artifact:
     """The uncompressed model as ONNX, made once a folder."""
     path, record = out / "original.onnx", out / "original.json"
-    if path.exists() and record.exists():
+    with suppress(OSError, ValueError, KeyError, TypeError):  # what is missing or damaged is made again
         stored = json.loads(record.read_text())
         if stored["task"] == database.task.hash and stored["artifact"]["sha256"] == sha256_of(path):
             return Artifact(**{**stored["artifact"], "path": str(path)})
@@ -117,14 +118,19 @@ def _profile(
         return load_profile(request.profiles[device])
     mine = out / f"profile_{device}.json"
     if mine.exists():
-        return load_profile(mine)
+        kept = load_profile(mine)
+        if kept.how.get("original") == sha256_of(original):  # not that of another model in the same folder
+            return kept
     if device != "local":
         if device not in known_profiles():
             raise UnknownName("profile", device, [*known_profiles(), "local"])
         return load_profile(device)
     kernels = kernels_of(graph, space)
     measured = measure_local(
-        kernels, batch=request.batch, seconds=LOCAL_SECONDS, progress=lambda done, total: stages.tick(done, total, device)
+        kernels,
+        batch=request.batch,
+        seconds=LOCAL_SECONDS,
+        progress=lambda done, total: stages.tick(done, total, device),
     )
     measured = _scaled(measured, original, graph, space)
     measured.save(mine)
@@ -148,7 +154,7 @@ def _scaled(profile: HardwareProfile, original: Path, graph: Graph, space: Searc
     predicted = CostModel(graph, space, {"local": profile}).in_units(space.dense)["latency_ms@local"]
     scale = timing.reference_ms / predicted
     entries = tuple(replace(entry, ns=max(1, round(entry.ns * scale))) for entry in profile.entries)
-    how = {**profile.how, "scaled_to_original": round(scale, 4)}
+    how = {**profile.how, "scaled_to_original": round(scale, 4), "original": sha256_of(original)}
     return replace(profile, entries=entries, overhead_ns=round(profile.overhead_ns * scale), how=how)
 
 
@@ -159,12 +165,14 @@ def recovery_of(request: Request, made: Prepared, out: Path) -> Recovery | None:
     if request.recover_steps == 0:
         return None
     steps, record = request.recover_steps, out / "recovery.json"
-    if steps is None and record.exists():
-        steps = int(json.loads(record.read_text())["steps"])
+    if steps is None:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            stored = json.loads(record.read_text())
+            steps = int(stored["steps"]) if stored["minutes"] == request.recover_minutes else None
     if steps is None:
         per_step = _seconds_per_step(made, request.seed)
         steps = max(20, int(60 * request.recover_minutes / per_step) // 10 * 10)
-        write_json(record, {"steps": steps, "seconds_per_step": per_step})
+        write_json(record, {"steps": steps, "seconds_per_step": per_step, "minutes": request.recover_minutes})
     return Recovery(steps=steps, seed=request.seed)
 
 

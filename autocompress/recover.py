@@ -25,12 +25,13 @@ from autocompress.tasks import Task
 class Recovery:
     """How to train. ``steps`` of ``batch_size`` examples decide the outcome, not the clock, so that a run repeats.
 
-    ``temperature`` softens both distributions; ``label_weight`` mixes in the task's loss on true labels.
+    ``learning_rate``: ``None`` takes 0.002 for 100 steps and grows with their square root: a refitted model is near a minimum,
+    and short training at a rate fit for long training ends worse than it began. ``temperature`` softens both distributions; ``label_weight`` mixes in the task's loss on true labels.
     """
 
     steps: int = 300
     batch_size: int = 128
-    learning_rate: float = 0.02
+    learning_rate: float | None = None
     momentum: float = 0.9
     weight_decay: float = 1e-4
     temperature: float = 2.0
@@ -39,6 +40,7 @@ class Recovery:
     seed: int = 0
 
 
+@torch.enable_grad()
 def recover(
     live: fx.GraphModule,
     original: nn.Module,
@@ -53,16 +55,19 @@ def recover(
     Raises :class:`TaskError` if the task has no training data.
     """
     if task.train is None:
-        raise TaskError(f"Task {task.name!r} has no training data, so there is nothing to recover with; give it a train split.")
+        raise TaskError(
+            f"Task {task.name!r} has no training data, so there is nothing to recover with; give it a train split."
+        )
     model = copy.deepcopy(live)
     best, best_loss = live, _judge(live, task, reference)
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     for parameter in parameters:
         parameter.requires_grad_(True)
+    rate = settings.learning_rate or min(0.02, 0.002 * math.sqrt(settings.steps / 100))
     optimizer = torch.optim.SGD(
-        parameters, settings.learning_rate, settings.momentum, weight_decay=settings.weight_decay, nesterov=True
+        parameters, rate, settings.momentum, weight_decay=settings.weight_decay, nesterov=True
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, settings.steps, pct_start=0.15)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, settings.steps, pct_start=0.15)
     generator = torch.Generator().manual_seed(settings.seed)
     original.eval()
     every = max(1, settings.steps // settings.checks)
@@ -109,6 +114,9 @@ def _loss(
         return functional.mse_loss(outputs, taught)
     t = settings.temperature
     soft = functional.kl_div(
-        functional.log_softmax(outputs / t, 1), functional.log_softmax(taught / t, 1), reduction="batchmean", log_target=True
+        functional.log_softmax(outputs / t, 1),
+        functional.log_softmax(taught / t, 1),
+        reduction="batchmean",
+        log_target=True,
     )
     return soft * t * t + settings.label_weight * task.loss(outputs, targets)

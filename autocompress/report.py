@@ -46,7 +46,9 @@ def make_result(
         metric_name=made.task.metric_name,
         higher_is_better=made.task.higher_is_better,
         original=_point(made, budgets, original, measured, False, ops=True),
-        budgets=tuple(BudgetRow(text=t, key=b.key, limit=b.limit) for t, b in zip(request.budgets, budgets, strict=True)),
+        budgets=tuple(
+            BudgetRow(text=t, key=b.key, limit=b.limit) for t, b in zip(request.budgets, budgets, strict=True)
+        ),
         objectives=tuple(o.key for o in front.objectives),
         sites=tuple(
             SiteRow(name=s.name, kind=s.kind, members=s.members, width=s.width, macs=s.macs, params=s.params)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from autocompress.errors import UnknownName, UsageError
 from autocompress.graph import Graph, Layer
@@ -78,8 +79,8 @@ def layer_levels(graph: Graph, layer: Layer, families: Collection[str]) -> tuple
     return tuple(levels)
 
 
-def _weight(graph: Graph, layer: Layer):  # type: ignore[no-untyped-def]
-    return graph.module.get_submodule(layer.name).weight
+def _weight(graph: Graph, layer: Layer) -> Tensor:
+    return cast(Tensor, graph.module.get_submodule(layer.name).weight)
 
 
 def _totals(graph: Graph, names: Collection[str]) -> tuple[int, int]:
@@ -87,7 +88,7 @@ def _totals(graph: Graph, names: Collection[str]) -> tuple[int, int]:
     macs = params = 0
     for name in names:
         weight, shape = _weight(graph, graph.layers[name]), graph.values[graph.layers[name].node].shape
-        positions = math.prod(shape[2:]) if len(shape) == 4 else math.prod(shape[1:-1])
+        positions = math.prod(shape[2:] if weight.ndim == 4 else shape[1:-1])
         macs += weight.numel() * positions
         params += weight.numel()
     return macs, params

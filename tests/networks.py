@@ -34,9 +34,7 @@ class MobileNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
-        self.blocks = nn.Sequential(
-            InvertedResidual(8, 8, 1), InvertedResidual(8, 12, 2), InvertedResidual(12, 12, 1)
-        )
+        self.blocks = nn.Sequential(InvertedResidual(8, 8, 1), InvertedResidual(8, 12, 2), InvertedResidual(12, 12, 1))
         self.head = nn.Linear(12, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +58,9 @@ class DenseNet(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, 1, 1, bias=False)
         self.first = nn.Sequential(DenseLayer(8, 6), DenseLayer(14, 6))
-        self.transition = nn.Sequential(nn.BatchNorm2d(20), nn.ReLU(), nn.Conv2d(20, 10, 1, bias=False), nn.AvgPool2d(2))
+        self.transition = nn.Sequential(
+            nn.BatchNorm2d(20), nn.ReLU(), nn.Conv2d(20, 10, 1, bias=False), nn.AvgPool2d(2)
+        )
         self.second = nn.Sequential(DenseLayer(10, 6), DenseLayer(16, 6))
         self.norm = nn.BatchNorm2d(22)
         self.head = nn.Linear(22, 10)
@@ -254,11 +254,13 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 
 
 def network(name: str, seed: int = 0) -> nn.Module:
-    """One of :data:`BUILDERS` in eval mode, with norms and biases that are not trivial."""
+    """One of :data:`BUILDERS` in eval mode, with lively weights and norms: what goes wrong early must show in the logits."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BUILDERS[name]()
         for part in model.modules():
+            if isinstance(part, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(part.weight)
             if isinstance(part, nn.BatchNorm2d):
                 nn.init.uniform_(part.weight, 0.5, 1.5)
                 nn.init.normal_(part.bias, 0.0, 0.3)

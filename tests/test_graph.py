@@ -39,10 +39,10 @@ def masked_output(graph: Graph, keep: Keep, x: Tensor) -> Tensor:
     for layer in graph.layers.values():
         if layer.depthwise:
             continue
-        mask = torch.from_numpy(keep[layer.inputs]).float()
         shape = (1, -1, 1, 1) if isinstance(graph.module.get_submodule(layer.name), nn.Conv2d) else (-1,)
+        mask = torch.from_numpy(keep[layer.inputs]).float().reshape(shape)
 
-        def zero(_: nn.Module, inputs: tuple[Tensor, ...], mask: Tensor = mask.reshape(shape)) -> tuple[Tensor, ...]:
+        def zero(_: nn.Module, inputs: tuple[Tensor, ...], mask: Tensor = mask) -> tuple[Tensor, ...]:
             return (inputs[0] * mask,)
 
         handles.append(graph.module.get_submodule(layer.name).register_forward_pre_hook(zero))
@@ -165,7 +165,9 @@ def test_ops_cover_every_convolution_and_linear_layer(name: str) -> None:
             assert (op.kernel, op.stride) == (module.kernel_size, module.stride)
     results = {op.result for op in graph.ops}
     assert len(results) == len(graph.ops), "an op twice"
-    assert not any(op.kind == "relu" for op in graph.ops if name in ("resnet-a", "resnet-b", "mobilenet")), "all are fused"
+    assert not any(op.kind == "relu" for op in graph.ops if name in ("resnet-a", "resnet-b", "mobilenet")), (
+        "all are fused"
+    )
 
 
 @pytest.mark.parametrize(
@@ -175,6 +177,7 @@ def test_ops_cover_every_convolution_and_linear_layer(name: str) -> None:
         ("grouped", "first", "grouped is a grouped convolution (2 groups)"),
         ("grouped", "head", "it is the model's output"),
         ("shared", "first", "twice is used in more than one place"),
+        ("shared", "twice", "it is used in more than one place"),
         ("resnet-a", "linear", "it is the model's output"),
     ],
 )
@@ -251,6 +254,42 @@ def test_bad_models_are_refused_in_a_sentence() -> None:
         trace(_Broken(), networks.images(1))
 
 
+class _HiddenInPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu, self.head = nn.Conv2d(3, 6, 1), nn.ReLU(inplace=True), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        self.relu(x)
+        return self.head(x)
+
+
+def test_a_change_in_place_that_tracing_would_lose_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match=r"in place.*write x = f\(x\)"):
+        trace(_HiddenInPlace(), networks.images(1))
+
+
+class _Unhandled(nn.Module):
+    """Weights in modules and functions that have no sites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.up, self.head = nn.Conv2d(3, 6, 1), nn.ConvTranspose2d(6, 6, 2, 2), nn.Linear(6, 4)
+        self.free = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(self.conv(x)).mean((2, 3))
+        return self.head(nn.functional.linear(x, self.free))
+
+
+def test_nothing_with_weights_is_skipped_without_a_word() -> None:
+    refused = trace(_Unhandled(), networks.images(1)).refused
+    assert refused["up"] == "a ConvTranspose2d stays as it is"
+    assert refused["linear"] == "it is a function call, and only modules are compressed"
+    assert refused["conv"] == "no rule tells how up moves channels"
+
+
 def test_an_operation_without_a_rule_pins_its_channels() -> None:
     graph = trace(_Unknown(), networks.images(1))
     assert graph.groups == () and graph.refused["conv"] == "no rule tells how sort moves channels"
@@ -261,6 +300,22 @@ def test_only_a_norm_over_the_layers_own_channels_belongs_to_it() -> None:
     assert graph.layers["linear"].norm is None
     shared = trace(_SharedNorm(), networks.images(2))
     assert shared.layers["a"].norm is None and shared.layers["b"].norm is None
+
+
+class _LinearOverWidth(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.mix, self.out = nn.Conv2d(3, 6, 1), nn.Linear(8, 5), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.mix(self.conv(x))).mean((2, 3))
+
+
+def test_a_linear_layer_over_another_axis_pins_it() -> None:
+    model = _LinearOverWidth()
+    graph, x = trace(model, networks.images(1)), networks.images(2)
+    assert graph.groups == () and "another axis" in graph.refused["conv"] and "another axis" in graph.refused["mix"]
+    torch.testing.assert_close(rebuild(graph, graph.keep_all())(x), model(x))
 
 
 def test_groups_can_be_pruned_to_one_channel() -> None:

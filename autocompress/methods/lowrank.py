@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ class _LowRankHandler:
 
 def _factor_linear(config: LowRank, layer: nn.Linear, gram: Tensor | None) -> nn.Sequential:
     weight = layer.weight.detach()
-    u, v = _factors(weight, config.rank(*weight.shape, (1, 1)), gram)
+    u, v = _factors(weight, config.rank(weight.shape[0], weight.shape[1], (1, 1)), gram)
     first = nn.Linear(weight.shape[1], len(v), bias=False)
     second = nn.Linear(len(v), weight.shape[0], bias=layer.bias is not None)
     return _filled(first, second, v, u, layer.bias)
@@ -92,7 +92,7 @@ def _factor_conv(config: LowRank, layer: nn.Conv2d, gram: Tensor | None) -> nn.S
     mode = layer.padding_mode
     if config.split == "channel":
         u, v = _factors(weight.flatten(1), rank, gram)
-        first = nn.Conv2d(n_in, rank, (kh, kw), layer.stride, (ph, pw), layer.dilation, bias=False, padding_mode=mode)
+        first = nn.Conv2d(n_in, rank, (kh, kw), (sh, sw), (ph, pw), (dh, dw), bias=False, padding_mode=mode)
         second = nn.Conv2d(rank, n_out, 1, bias=bias)
         return _filled(first, second, v.reshape(rank, n_in, kh, kw), u.reshape(n_out, rank, 1, 1), layer.bias)
     matrix = weight.permute(1, 2, 0, 3).reshape(n_in * kh, n_out * kw)  # rows (in, kh), columns (out, kw)
@@ -115,8 +115,7 @@ def _factors(weight: Tensor, rank: int, gram: Tensor | None) -> tuple[Tensor, Te
         root = values[:rank].sqrt()
         return left[:, :rank] * root, root[:, None] * right[:rank]
     n = matrix.shape[1]
-    h = _damped(gram[:n, :n].double())
-    lower = torch.linalg.cholesky(h)
+    lower = _root(gram[:n, :n].double())
     _, _, right = torch.linalg.svd(matrix @ lower, full_matrices=False)
     v = torch.linalg.solve_triangular(lower, right[:rank], upper=False, left=False)
     return _refit(matrix, v, gram), v
@@ -127,7 +126,18 @@ def _refit(matrix: Tensor, a: Tensor, gram: Tensor) -> Tensor:
     n = matrix.shape[1]
     h = _damped(gram[:n, :n].double())
     cross = matrix @ h @ a.T
-    return torch.linalg.solve(_damped(a @ h @ a.T), cross.T).T
+    solved: Tensor = torch.linalg.solve(_damped(a @ h @ a.T), cross.T)
+    return solved.T
+
+
+def _root(h: Tensor) -> Tensor:
+    """``L`` with ``L L^T = H``, damped as much as a singular matrix needs."""
+    eye, ridge = torch.eye(len(h), dtype=h.dtype), 1e-6 * float(h.diagonal().mean().clamp_min(1e-12))
+    factor, info = torch.linalg.cholesky_ex(h + ridge * eye)
+    while int(info) != 0:
+        ridge *= 10
+        factor, info = torch.linalg.cholesky_ex(h + ridge * eye)
+    return cast(Tensor, factor)
 
 
 def _damped(h: Tensor) -> Tensor:

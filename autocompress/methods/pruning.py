@@ -104,6 +104,7 @@ def taylor_importance(
                 value = loss(model(inputs.clone().requires_grad_(True)), targets)  # type: ignore[operator]
                 (value * len(inputs)).backward()
                 for name, x in saved.items():
+                    assert x.grad is not None
                     gate = (x * x.grad).detach()  # (n, c, h, w) or (n, ..., c)
                     dims = (2, 3) if gate.ndim == 4 else tuple(range(1, gate.ndim - 1))
                     per_example = gate.sum(dims) if dims else gate
@@ -157,7 +158,9 @@ def obs_order(
 class _Surgeon:
     """One reading layer's weights and inverse Gram matrix while channels are removed."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, gram: Tensor, position: npt.NDArray[np.int64], ridge: float) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor, gram: Tensor, position: npt.NDArray[np.int64], ridge: float
+    ) -> None:
         self.position, self.area = position, weight[0, 0].numel()
         h = gram.double()
         self.weight = torch.cat([weight.flatten(1), bias[:, None]], dim=1).double()
@@ -201,4 +204,4 @@ def _positions(graph: Graph, group: Group) -> npt.NDArray[np.int64]:
 
 def _scatter(ids: npt.NDArray[np.int64], values: Scores, position: npt.NDArray[np.int64], n: int) -> Scores:
     where = position[ids]
-    return np.bincount(where[where >= 0], weights=values[where >= 0], minlength=n)
+    return np.asarray(np.bincount(where[where >= 0], weights=values[where >= 0], minlength=n), dtype=np.float64)

@@ -13,7 +13,7 @@ quantization of the live, unfolded weight equals quantization of the folded one.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ def weight_scale(weight: Tensor, bits: int, group: int = 0) -> Tensor:
     else:
         pad = -weight.shape[1] % group
         padded = torch.cat([magnitude, magnitude.new_zeros(weight.shape[0], pad, *weight.shape[2:])], dim=1)
-        largest = padded.unflatten(1, (-1, group)).amax(dim=2)
+        largest = torch.unflatten(padded, 1, (-1, group)).amax(dim=2)
     return torch.where(largest > 0, largest / top, torch.ones_like(largest)).to(torch.float32)
 
 
@@ -114,7 +114,7 @@ class ActivationQuant(nn.Module):
         self.zero_point = int(min(255, max(0, round(-low / self.scale))))
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, 0, 255))
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, 0, 255)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:.4g}, zero_point={self.zero_point}"
@@ -124,7 +124,7 @@ def quantizer_of(layer: nn.Module) -> WeightFakeQuant | None:
     """The fake quantizer on a layer's weight, if it has one."""
     if not parametrize.is_parametrized(layer, "weight"):
         return None
-    for step in layer.parametrizations["weight"]:  # type: ignore[index,union-attr]
+    for step in layer.parametrizations["weight"]:  # type: ignore[index]
         if isinstance(step, WeightFakeQuant):
             return step
     return None

@@ -10,6 +10,7 @@ from autocompress.search.evolution import Evolution
 from autocompress.search.exact import Exact
 from autocompress.search.feasible import check_feasible, lower_bounds
 from autocompress.search.front import ParetoFront
+from autocompress.search.polish import Polish
 from autocompress.search.random_ import Random
 from autocompress.search.run import SearchOutcome, run
 from autocompress.search.uniform import Uniform
@@ -20,6 +21,7 @@ __all__ = [
     "Evolution",
     "Exact",
     "ParetoFront",
+    "Polish",
     "Random",
     "SearchOutcome",
     "Uniform",

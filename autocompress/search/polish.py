@@ -1,0 +1,88 @@
+"""``polish``: evolution at a higher rung, from what a search has already learnt.
+
+A plan's loss after refit is not its loss before: layers make good for each other. So the best plans are mutated and judged once
+more where they will be handed out. One evaluation costs a refit, so only the children that the corrected table model likes best
+are asked, and each answer corrects it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+
+import numpy as np
+
+from autocompress.search.base import Asking, fitness
+from autocompress.search.evolution import Evolution
+from autocompress.search.surrogate import refine
+from autocompress.types import Budget, Costs, Evaluation, Fidelity, IntArray, Plan, Query, SearchSpace
+
+
+class Polish(Evolution):
+    """Hill climbing at ``rung`` under the budgets' limits on costs; ``known``: all evaluations of the search before it.
+
+    Not a controller of its own: it needs plans that were judged at ``rung`` to start from, and is over when there are none
+    within the limits.
+    """
+
+    asked_at_once = 2
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        costs: Costs,
+        budgets: Sequence[Budget],
+        seed: int,
+        known: Sequence[Evaluation],
+        rung: Fidelity = "refitted",
+    ) -> None:
+        self.known, self.rung = known, rung
+        super().__init__(space, costs, budgets, seed)
+
+    def _search(self) -> Asking:
+        self._prepare()
+        for evaluation in self.known:
+            self.seen[evaluation.fidelity, evaluation.plan] = evaluation
+        self.pool, goal = None, self.targets[0]
+        prior = self._prior()
+        generation, idle = 0, 0
+        while idle < self.patience:
+            inside = self._inside(goal)
+            if not inside:
+                return
+            parent = inside[0]
+            gains = np.array([fitness(e) - fitness(parent) for e in inside])
+            losses = refine(self.tables, prior, parent.plan, [e.plan for e in inside], gains)
+            children = [
+                p for p in self._children(parent.plan, goal, losses, generation) if (self.rung, p) not in self.seen
+            ]
+            generation += 1
+            idle = 0 if children else idle + 1
+            if children:
+                yield from self._climb(children)
+
+    def _prior(self) -> np.ndarray:  # type: ignore[type-arg]
+        """One-site losses that the search measured, scaled to what is left of a loss after refit."""
+        dense = self.seen.get(("slice", self.space.dense))
+        base = fitness(dense) if dense is not None else 0.0
+        for (rung, plan), evaluation in list(self.seen.items()):
+            if rung == "slice" and sum(level > 0 for level in plan) == 1:
+                self.one_site.record(plan, fitness(evaluation) - base)
+        ratios = [
+            fitness(e) / fitness(self.seen["full", plan])
+            for (rung, plan), e in self.seen.items()
+            if rung == self.rung and ("full", plan) in self.seen and fitness(self.seen["full", plan]) > 0
+        ]
+        finite = [r for r in ratios if np.isfinite(r)]
+        scaled: np.ndarray = self.one_site.losses() * (float(np.median(finite)) if finite else 1.0)  # type: ignore[type-arg]
+        return scaled
+
+    def _inside(self, limit: IntArray) -> list[Evaluation]:
+        """Evaluations at the rung within the limits on costs, the best first."""
+        found = [e for (rung, _), e in self.seen.items() if rung == self.rung and np.isfinite(fitness(e))]
+        fits = self.tables.fits([e.plan for e in found], limit) if found else []
+        return sorted((e for e, ok in zip(found, fits, strict=True) if ok), key=lambda e: (fitness(e), e.plan))
+
+    def _climb(self, children: list[Plan]) -> Generator[list[Query], list[Evaluation], None]:
+        """The child the model likes best, and one of the others by chance."""
+        chosen = [children[0], *self.rng.sample(children[1:], min(len(children) - 1, self.asked_at_once - 1))]
+        yield from self._judge(chosen, self.rung)

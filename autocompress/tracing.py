@@ -1,0 +1,70 @@
+"""A model as a graph of operations without in-place changes, and the shapes in it."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from autocompress.errors import UnsupportedModel
+
+
+def normalized(model: nn.Module) -> fx.GraphModule:
+    """A traced copy in eval mode without in-place operations (they would change values that others still read)."""
+    try:
+        module = fx.symbolic_trace(copy.deepcopy(model).eval())
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedModel(
+            f"The model cannot be traced: {reason} Control flow must not depend on the input's values; "
+            "move such branches out of forward()."
+        ) from error
+    in_place = {operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub}
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target in in_place:
+            node.target = in_place[node.target]
+        if node.op == "call_method" and node.target in ("add_", "mul_", "relu_", "sub_"):
+            node.target = node.target[:-1]
+        if "inplace" in node.kwargs:
+            node.kwargs = {**node.kwargs, "inplace": False}
+    for part in module.modules():
+        if getattr(part, "inplace", False):
+            setattr(part, "inplace", False)  # noqa: B010
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module
+
+
+def check_faithful(model: nn.Module, module: fx.GraphModule, example: Tensor) -> None:
+    """The traced model must compute what the model computes; raises :class:`UnsupportedModel` otherwise."""
+    try:
+        with torch.no_grad():
+            want, got = copy.deepcopy(model).eval()(example.clone()), module(example)
+    except Exception as error:
+        raise UnsupportedModel(f"The model does not run on its example input: {error}") from error
+    if isinstance(want, Tensor) and not torch.allclose(got, want, rtol=1e-4, atol=1e-5, equal_nan=True):
+        raise UnsupportedModel(
+            "The traced model computes something else than the model: an operation changes a tensor in place that is read "
+            "again later; write x = f(x) instead."
+        )
+
+
+class Shapes(fx.Interpreter):
+    """Runs the example and keeps the shape of every tensor, by node; a list of them for tuples."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.shapes: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.shapes[n.name] = tuple(result.shape)
+        elif isinstance(result, tuple | list) and result and all(isinstance(part, Tensor) for part in result):
+            self.shapes[n.name] = [tuple(part.shape) for part in result]
+        return result

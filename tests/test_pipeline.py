@@ -1,0 +1,314 @@
+"""The whole way on real input: what it writes, that it can be killed at any stage, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import autocompress.deliver as deliver
+from autocompress import api, pipeline
+from autocompress.errors import (
+    AutoCompressError,
+    BudgetUnmet,
+    Cancelled,
+    InfeasibleBudget,
+    StoreError,
+    TaskError,
+    UnknownName,
+    UnsupportedModel,
+    UsageError,
+)
+from autocompress.evaluate import ModelEvaluator
+from autocompress.results import JobResult, Progress, Request
+from autocompress.tasks import Task
+from autocompress.tasks.base import Split
+from tests import networks
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less time to measure in, so that tests are fast; what is measured stays real."""
+    monkeypatch.setattr(deliver, "SECONDS_A_MODEL", 0.1)
+    monkeypatch.setattr(deliver, "COMPARE_SECONDS", 1.0)
+    monkeypatch.setattr(pipeline, "REFITTED", 4)
+    monkeypatch.setattr(pipeline, "RECOVERED", 2)
+
+
+def asked(**changes: Any) -> Request:
+    """A short job without latency, so that nothing depends on the clock."""
+    fields: dict[str, Any] = {
+        "task": "resnet-b", "budgets": ("macs<=60%",), "evaluations": 24, "recover_steps": 8, "threads": 1, "seed": 3,
+    }  # fmt: skip
+    return Request(**{**fields, **changes})
+
+
+def points(result: JobResult) -> list[dict[str, Any]]:
+    """All that must repeat: everything but what a clock measured."""
+    return [
+        {**p.model_dump(), "measured": {k: v for k, v in p.measured.items() if "latency" not in k}}
+        for p in result.points
+    ]
+
+
+# ---------------------------------------------------------------- digits, all of it
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, JobResult, list[Progress]]:
+    """One real job: two budgets, all methods, 40 evaluations, 20 steps of distillation."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(deliver, "SECONDS_A_MODEL", 0.1)
+    patch.setattr(deliver, "COMPARE_SECONDS", 1.0)
+    patch.setattr(pipeline, "REFITTED", 4)
+    patch.setattr(pipeline, "RECOVERED", 2)
+    out = tmp_path_factory.mktemp("digits")
+    request = asked(task="digits", budgets=("macs<=50%", "size_mb<=0.4"), evaluations=40, recover_steps=20)
+    ticks: list[Progress] = []
+    try:
+        result = api.run(request, out, progress=ticks.append).result
+    finally:
+        patch.undo()
+    return out, result, ticks
+
+
+@pytest.mark.slow
+def test_everything_is_written(digits: tuple[Path, JobResult, list[Progress]]) -> None:
+    out, result, _ = digits
+    for name in (
+        "request.json",
+        "result.json",
+        "model.onnx",
+        "certificate.json",
+        "original.onnx",
+        "front.png",
+        "ledger.sqlite",
+    ):
+        assert (out / name).stat().st_size > 100, name
+    assert not list(out.rglob(".*")), "temporary files stay"
+    stored = JobResult.model_validate_json((out / "result.json").read_bytes())
+    assert stored == result
+    assert Request.model_validate_json((out / "request.json").read_bytes()) == result.request
+    json.loads((out / "result.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+@pytest.mark.slow
+def test_the_result_says_what_was_judged(digits: tuple[Path, JobResult, list[Progress]]) -> None:
+    _, result, _ = digits
+    rungs = {p.fidelity for p in result.points}
+    assert rungs == {"full", "refitted", "recovered"}
+    assert result.evaluations >= 40 and result.best is not None
+    best = max((p for p in result.points if p.id == result.best), key=lambda p: p.fidelity == "recovered")
+    assert best.costs["macs"] <= 0.5 * result.original.costs["macs"] and best.measured["size_mb"] <= 0.4
+    assert best.feasible and best.violation == 0.0
+    front = [p for p in result.points if p.on_front]
+    assert front and all(p.fidelity != "full" for p in front)
+    assert all(p.ops for p in front) and result.original.ops
+    assert {site.kind for site in result.sites} == {"channels", "block", "layer"}
+    assert {"database", "search", "refit", "recover", "export", "verify"} <= set(result.seconds)
+
+
+@pytest.mark.slow
+def test_the_certificate_holds_what_it_must(digits: tuple[Path, JobResult, list[Progress]]) -> None:
+    out, result, _ = digits
+    certificate = json.loads((out / "certificate.json").read_text())
+    text = json.dumps(certificate)
+    for word in ("parity", "quality", "speed", "coverage", "sha256", "replay", "hashes", "noise"):
+        assert word in text, word
+    assert certificate["hashes"]["plan"] == result.best
+    assert "--recover-steps 20" in certificate["replay"] and "--seed 3" in certificate["replay"]
+
+
+@pytest.mark.slow
+def test_progress_goes_through_the_stages(digits: tuple[Path, JobResult, list[Progress]]) -> None:
+    _, _, ticks = digits
+    order = list(dict.fromkeys(tick.stage for tick in ticks))
+    assert order[:4] == ["task", "graph", "database", "export"] and order[-1] == "verify"
+    for tick in ticks:
+        assert tick.total is None or 0 <= tick.done <= tick.total
+
+
+@pytest.mark.slow
+def test_a_second_run_pays_for_nothing_and_a_point_can_be_exported(
+    digits: tuple[Path, JobResult, list[Progress]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, result, _ = digits
+    monkeypatch.setattr(ModelEvaluator, "_measure", lambda *a: pytest.fail("a model was judged again"))
+    assert result.request is not None
+    again = api.run(result.request, out).result
+    assert points(again) == points(result) and again.best == result.best
+    written = pipeline.export(out, "smallest", out / "small.onnx")
+    assert Path(written["onnx"]).exists() and written["plan"] in {p.id for p in result.points}
+
+
+# ---------------------------------------------------------------- killed and resumed
+
+_CHILD = """
+import os, signal, sys
+from pathlib import Path
+from autocompress import api, deliver, pipeline
+from autocompress.results import Request
+from tests import networks
+deliver.SECONDS_A_MODEL, deliver.COMPARE_SECONDS, pipeline.REFITTED, pipeline.RECOVERED = 0.1, 1.0, 4, 2
+stage, after = sys.argv[3], int(sys.argv[4])
+def progress(tick):
+    if tick.stage == stage and tick.done >= after:
+        os.kill(os.getpid(), signal.SIGKILL)
+request = Request.model_validate_json(sys.argv[1])
+api.run(request, Path(sys.argv[2]), task=networks.task("resnet-b"), progress=progress)
+"""
+
+
+def in_a_child(request: Request, out: Path, stage: str, after: int) -> int:
+    """Run a job in another process, which kills itself (SIGKILL) at a stage."""
+    command = [sys.executable, "-W", "ignore", "-c", _CHILD, request.model_dump_json(), str(out), stage, str(after)]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False).returncode
+
+
+@pytest.mark.slow
+def test_killed_anywhere_it_ends_as_if_it_had_not_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three kills in other processes, then the end in this one: the same points as an unbroken run elsewhere."""
+    request = asked()
+    unbroken = tmp_path / "unbroken"
+    assert in_a_child(request, unbroken, "never", 0) == 0
+    want = JobResult.model_validate_json((unbroken / "result.json").read_bytes())
+    out = tmp_path / "killed"
+    for stage, after in (("search", 10), ("refit", 2), ("recover", 1)):
+        assert in_a_child(request, out, stage, after) == -signal.SIGKILL
+        assert not (out / "result.json").exists()
+    measured: list[str] = []
+    original = ModelEvaluator._measure
+    monkeypatch.setattr(
+        ModelEvaluator, "_measure", lambda self, plan, rung: (measured.append(rung), original(self, plan, rung))[1]
+    )
+    got = api.run(request, out, task=networks.task("resnet-b")).result
+    assert points(got) == points(want) and got.best == want.best and got.evaluations == want.evaluations
+    assert "full" not in measured and "refitted" not in measured, "what was judged before the kills is kept"
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_cancel_are_one_sentence(tmp_path: Path) -> None:
+    def interrupt(tick: Progress) -> None:
+        if tick.stage == "search" and tick.done > 4:
+            raise KeyboardInterrupt
+
+    task = networks.task("resnet-b")
+    with pytest.raises(Cancelled, match="kept"):
+        api.run(asked(), tmp_path, task=task, progress=interrupt)
+    with pytest.raises(Cancelled, match="kept|continues"):
+        api.run(asked(), tmp_path, task=task, cancelled=lambda: True)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def refused(expected: type[AutoCompressError], task: Task, out: Path, **changes: Any) -> str:
+    with pytest.raises(expected) as caught:
+        api.run(asked(**changes), out, task=task)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    return str(caught.value)
+
+
+def test_a_model_with_nan_weights(tmp_path: Path) -> None:
+    task = networks.task("resnet-b", n=16)
+    task.model.conv1.weight.data[0, 0, 0, 0] = float("nan")  # type: ignore[union-attr,index]
+    assert "Weights must be finite" in refused(TaskError, task, tmp_path)
+
+
+def test_an_empty_calibration_split(tmp_path: Path) -> None:
+    task = networks.task("resnet-b", n=16)
+    empty = Split(task.calibration.inputs[:0], task.calibration.targets[:0])
+    assert "calibration split" in refused(TaskError, replace(task, calibration=empty), tmp_path)
+
+
+class _Branching(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3)).repeat(1, 4) if x.sum() > 1e9 else x.amax((2, 3)).repeat(1, 4)
+
+
+class _NoLayers(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3)).repeat(1, 4)
+
+
+def test_a_model_that_cannot_be_followed_or_has_nothing_to_compress(tmp_path: Path) -> None:
+    task = networks.task("resnet-b", n=16)
+    assert "cannot be traced" in refused(UnsupportedModel, replace(task, model=_Branching()), tmp_path)
+    assert "nothing to choose" in refused(UsageError, replace(task, model=_NoLayers()), tmp_path)
+
+
+def test_unknown_names(tmp_path: Path) -> None:
+    task = networks.task("resnet-b", n=16)
+    for changes, word in (
+        ({"controller": "evolutoin"}, "evolution"),
+        ({"budgets": ("latency_ms<=5@lokal",)}, "local"),
+        ({"budgets": ("mac<=50%",)}, "macs"),
+        ({"methods": ("channel",)}, "channels"),
+    ):
+        assert f"Did you mean {word!r}" in refused(UnknownName, task, tmp_path, **changes)
+
+
+def test_a_budget_that_no_plan_can_meet(tmp_path: Path) -> None:
+    message = refused(InfeasibleBudget, networks.task("resnet-b", n=32), tmp_path, budgets=("macs<=0.01%",))
+    assert "macs" in message
+
+
+def test_quality_that_nobody_reaches_is_told_after_everything_is_written(tmp_path: Path) -> None:
+    """Chance level is allowed nowhere near: everything is written, then the sentence."""
+    task = networks.task("resnet-b", n=32)
+    message = refused(
+        BudgetUnmet, task, tmp_path, budgets=("macs<=60%", "accuracy_drop<=-50"), evaluations=6, recover_steps=2
+    )
+    assert "nearest plan" in message
+    result = JobResult.model_validate_json((tmp_path / "result.json").read_bytes())
+    assert result.best is None and (tmp_path / "model.onnx").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("methods", [("channels",), ("blocks",), ("int8",), ("w8", "w4"), ("lowrank",)])
+def test_every_family_can_search_alone(tmp_path: Path, methods: tuple[str, ...]) -> None:
+    """Cost tables, controllers and export with only some of the sites."""
+    budget = "size_mb<=95%" if methods != ("blocks",) else "macs<=95%"
+    result = api.run(
+        asked(methods=methods, budgets=(budget,), evaluations=8, recover_steps=0),
+        tmp_path,
+        task=networks.task("resnet-b", n=32),
+    ).result
+    assert result.best is not None
+
+
+@pytest.mark.slow
+def test_a_task_without_training_data_is_compressed_without_recovery(tmp_path: Path) -> None:
+    task = networks.task("mobilenet", n=32, train=False)
+    result = api.run(asked(evaluations=8), tmp_path, task=task).result
+    assert {p.fidelity for p in result.points} == {"full", "refitted"}
+
+
+@pytest.mark.slow
+def test_damaged_files_are_sentences(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text("{")
+    with pytest.raises(AutoCompressError):
+        pipeline.export(tmp_path, "best")
+    with pytest.raises(UsageError, match="run the job first"):
+        pipeline.export(tmp_path / "nothing", "best")
+    task = networks.task("resnet-b", n=16)
+    (tmp_path / "original.json").write_text("{")
+    (tmp_path / "original.onnx").write_text("x")
+    api.run(asked(evaluations=4, recover_steps=0, budgets=("macs<=90%",)), tmp_path, task=task)
+
+
+def test_an_output_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StoreError):
+        pipeline.compress(asked(), tmp_path / "file", task=networks.task("resnet-b", n=16))
