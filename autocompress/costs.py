@@ -266,7 +266,9 @@ class CostModel:
                 if handler is not None:
                     kernels = tuple(low for k in kernels for low in handler.lower(step, k))
         if all(flags) and len(kernels) == 1 and kernel.weights and kernels[0].format == "w8":
-            kernels = (replace(kernels[0], format="int8"),)  # between quantized tensors runtimes compute on the integers
+            kernels = (
+                replace(kernels[0], format="int8"),
+            )  # between quantized tensors runtimes compute on the integers
         integer = kernels[-1].format == "int8"
         if op.kind in ("add", "concat", "global_pool", "pool") and all(flags):
             kernels, integer = (

@@ -37,9 +37,7 @@ class UnknownName(UsageError):
         near = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
         guess = f" Did you mean {near[0]!r}?" if near else ""
         tail = f" {hint}" if hint else ""
-        super().__init__(
-            f"Unknown {what} {value!r}; known: {', '.join(names) or 'none'}.{guess}{tail}"
-        )
+        super().__init__(f"Unknown {what} {value!r}; known: {', '.join(names) or 'none'}.{guess}{tail}")
         self.value, self.known, self.nearest = value, names, near[0] if near else None
 
 

@@ -26,7 +26,8 @@ class Recovery:
     """How to train. ``steps`` of ``batch_size`` examples decide the outcome, not the clock, so that a run repeats.
 
     ``learning_rate``: ``None`` takes 0.002 for 100 steps and grows with their square root: a refitted model is near a minimum,
-    and short training at a rate fit for long training ends worse than it began. ``temperature`` softens both distributions; ``label_weight`` mixes in the task's loss on true labels.
+    and short training at a rate fit for long training ends worse than it began. ``temperature`` softens both
+    distributions; ``label_weight`` mixes in the task's loss on true labels.
     """
 
     steps: int = 300
@@ -64,9 +65,7 @@ def recover(
     for parameter in parameters:
         parameter.requires_grad_(True)
     rate = settings.learning_rate or min(0.02, 0.002 * math.sqrt(settings.steps / 100))
-    optimizer = torch.optim.SGD(
-        parameters, rate, settings.momentum, weight_decay=settings.weight_decay, nesterov=True
-    )
+    optimizer = torch.optim.SGD(parameters, rate, settings.momentum, weight_decay=settings.weight_decay, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, settings.steps, pct_start=0.15)
     generator = torch.Generator().manual_seed(settings.seed)
     original.eval()

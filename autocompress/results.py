@@ -46,8 +46,9 @@ class Request(_Record):
     """Distillation steps of each recovered plan; ``None`` takes what fits into ``recover_minutes``. A replay gives them."""
     batch: int = 1
     """Batch size at which latency is predicted and measured."""
-    threads: int = 0
-    """Threads for evaluation; 0 takes the cores this process may use. Latency is measured with 1 unless a profile says more."""
+    threads: int = 1
+    """Threads for evaluation; 0 takes the cores this process may use. One is the default: on a shared host two can be slower than
+    one (measured: 4.5 times). Latency is measured with 1 unless a profile says more."""
 
     @property
     def hash(self) -> str:

@@ -96,7 +96,9 @@ class SearchSpace:
 
     def __post_init__(self) -> None:
         if len(self.sites) != len(self.levels):
-            raise UsageError(f"Each site needs its levels: {len(self.sites)} sites, {len(self.levels)} lists of levels.")
+            raise UsageError(
+                f"Each site needs its levels: {len(self.sites)} sites, {len(self.levels)} lists of levels."
+            )
         for site, levels in zip(self.sites, self.levels, strict=True):
             if not levels or levels[0] != Level():
                 raise UsageError(f"Level 0 of every site is dense; site {site.name!r} starts with something else.")
@@ -117,7 +119,10 @@ class SearchSpace:
     @property
     def hash(self) -> str:
         return digest(
-            [[site.name, [level.hash for level in levels]] for site, levels in zip(self.sites, self.levels, strict=True)]
+            [
+                [site.name, [level.hash for level in levels]]
+                for site, levels in zip(self.sites, self.levels, strict=True)
+            ]
         )
 
     def sample(self, rng: random.Random) -> Plan:
@@ -133,9 +138,7 @@ class SearchSpace:
 
     def describe(self, plan: Plan) -> dict[str, str]:
         """Site -> label of its level, for the sites that are not dense."""
-        return {
-            site.name: self.levels[i][plan[i]].label for i, site in enumerate(self.sites) if plan[i]
-        }
+        return {site.name: self.levels[i][plan[i]].label for i, site in enumerate(self.sites) if plan[i]}
 
     def plan_to_json(self, plan: Plan) -> dict[str, str]:
         """Site -> level hash, for the sites that are not dense: what is written to disk."""
@@ -150,7 +153,9 @@ class SearchSpace:
                 raise UnknownName("site", name, index)
             hashes = [level.hash for level in self.levels[index[name]]]
             if level_hash not in hashes:
-                raise UsageError(f"Site {name!r} does not offer level {level_hash}; the plan belongs to other settings.")
+                raise UsageError(
+                    f"Site {name!r} does not offer level {level_hash}; the plan belongs to other settings."
+                )
             plan[index[name]] = hashes.index(level_hash)
         return tuple(plan)
 
@@ -178,7 +183,9 @@ METRICS: dict[str, Metric] = {
         Metric("macs", "", "multiply-accumulates of one example"),
         Metric("params", "", "number of weights and biases after folding of batch norm"),
         Metric("peak_mb", "MB", "peak bytes of live activations of one example / 1e6", 1e-6),
-        Metric("accuracy_drop", "points", "metric of the original minus metric of the compressed, in points", quality=True),
+        Metric(
+            "accuracy_drop", "points", "metric of the original minus metric of the compressed, in points", quality=True
+        ),
     )
 }
 

@@ -24,7 +24,9 @@ def save(name: str, rows: Mapping[str, Any], columns: Sequence[tuple[str, str]],
     """Write ``results/<name>.json`` and ``results/<name>.md``; ``columns``: (key of a row, heading)."""
     RESULTS.mkdir(exist_ok=True)
     versions = environment()["versions"]
-    write_json(RESULTS / f"{name}.json", {"command": command, "versions": versions, "machine": describe_host(), "rows": rows})
+    write_json(
+        RESULTS / f"{name}.json", {"command": command, "versions": versions, "machine": describe_host(), "rows": rows}
+    )
     head = "| " + " | ".join(heading for _, heading in columns) + " |\n|" + " --- |" * len(columns)
     body = "\n".join("| " + " | ".join(str(row.get(key, "–")) for key, _ in columns) + " |" for row in rows.values())
     write_text(RESULTS / f"{name}.md", f"# {title}\n\n{head}\n{body}\n\nRenewed by `{command}`.\n")

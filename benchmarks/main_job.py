@@ -122,7 +122,9 @@ def main() -> None:
         print(key)
         rows[key] = one(net, share, args)
         rows = {k: rows[k] for k in (f"{n}:{s}" for n, s in PROBLEMS) if k in rows}
-        save("main_job", rows, COLUMNS, "The main job: CIFAR-10 ResNets at MACs budgets", "python benchmarks/main_job.py")
+        save(
+            "main_job", rows, COLUMNS, "The main job: CIFAR-10 ResNets at MACs budgets", "python benchmarks/main_job.py"
+        )
 
 
 if __name__ == "__main__":

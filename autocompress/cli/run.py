@@ -33,7 +33,7 @@ def compress(
     recover_minutes: o.RecoverMinutes = 2.0,
     recover_steps: o.RecoverSteps = None,
     batch: o.Batch = 1,
-    threads: o.Threads = 0,
+    threads: o.Threads = 1,
     data: o.Data = None,
     as_json: o.Json = False,
 ) -> None:

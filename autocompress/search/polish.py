@@ -14,6 +14,7 @@ import numpy as np
 from autocompress.search.base import Asking, fitness
 from autocompress.search.evolution import Evolution
 from autocompress.search.surrogate import refine
+from autocompress.search.tables import FloatArray
 from autocompress.types import Budget, Costs, Evaluation, Fidelity, IntArray, Plan, Query, SearchSpace
 
 
@@ -60,7 +61,7 @@ class Polish(Evolution):
             if children:
                 yield from self._climb(children)
 
-    def _prior(self) -> np.ndarray:  # type: ignore[type-arg]
+    def _prior(self) -> FloatArray:
         """One-site losses that the search measured, scaled to what is left of a loss after refit."""
         dense = self.seen.get(("slice", self.space.dense))
         base = fitness(dense) if dense is not None else 0.0
@@ -73,7 +74,7 @@ class Polish(Evolution):
             if rung == self.rung and ("full", plan) in self.seen and fitness(self.seen["full", plan]) > 0
         ]
         finite = [r for r in ratios if np.isfinite(r)]
-        scaled: np.ndarray = self.one_site.losses() * (float(np.median(finite)) if finite else 1.0)  # type: ignore[type-arg]
+        scaled: FloatArray = self.one_site.losses() * (float(np.median(finite)) if finite else 1.0)
         return scaled
 
     def _inside(self, limit: IntArray) -> list[Evaluation]:
