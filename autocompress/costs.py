@@ -106,14 +106,14 @@ class CostModel:
 
     @property
     def additive_keys(self) -> tuple[str, ...]:
-        return (*STATIC, *(cost_key("latency_ms", device) for device in self.profiles))
+        return (*(cost_key("latency_ms", device) for device in self.profiles), *STATIC)
 
     @property
     def keys(self) -> tuple[str, ...]:
         return (*self.additive_keys, "peak_mb")
 
     def cost(self, plans: Sequence[Plan]) -> IntArray:
-        """Integer base units: MACs, weights, bytes, nanoseconds, bytes.  # (n_plans, n_keys)"""
+        """Integer base units: nanoseconds a device, MACs, weights, bytes, bytes.  # (n_plans, n_keys)"""
         matrix = np.asarray(plans, dtype=np.int64).reshape(len(plans), len(self.space.sites))
         return np.concatenate([self._additive(matrix), self._peak(matrix)[:, None]], axis=1)
 
@@ -305,7 +305,7 @@ class CostModel:
             for row, kernels in zip(missing, lowered, strict=True):
                 end = start + len(kernels)
                 static = self._static(template, row, kernels)
-                memo[row] = np.array([*static, *(int(t[start:end].sum()) for t in times)], dtype=np.int64)
+                memo[row] = np.array([*(int(t[start:end].sum()) for t in times), *static], dtype=np.int64)
                 start = end
         table = np.stack([memo[row] for row in map(tuple, unique.tolist())])
         return table[inverse.reshape(-1)]
@@ -333,7 +333,7 @@ class CostModel:
     def _overhead(self) -> IntArray:
         """Costs of running anything at all."""
         fixed = [int(getattr(profile, "overhead_ns", 0)) for profile in self.profiles.values()]
-        return np.array([0, 0, self.base_bytes, *fixed], dtype=np.int64)
+        return np.array([*fixed, 0, 0, self.base_bytes], dtype=np.int64)
 
     def _additive(self, plans: IntArray) -> IntArray:
         total = np.tile(self._overhead(), (len(plans), 1))

@@ -26,7 +26,7 @@ from autocompress.recover import Recovery, recover
 from autocompress.results import Request
 from autocompress.space import make_space
 from autocompress.tasks import Task, check, load_task
-from autocompress.types import Budget, Kernel, Plan, SearchSpace
+from autocompress.types import METRICS, Budget, Kernel, Plan, SearchSpace
 
 LOCAL_SECONDS = 45
 """Time to measure this model's shapes when ``local`` has no profile yet."""
@@ -78,7 +78,10 @@ def prepare(
         database.build(lambda done, total: stages.tick(done, total), cancelled)
     with stages.at("export", "the original"):
         original = _original(database, out)
-    devices = list(dict.fromkeys(d for b in map(Budget.parse, request.budgets) if (d := b.device) is not None))
+    budgets = [Budget.parse(text) for text in request.budgets]
+    devices = list(dict.fromkeys(d for b in budgets if (d := b.device) is not None))
+    if all(METRICS[b.metric].quality for b in budgets):
+        devices = ["local"]  # only quality is limited: what is wanted is the fastest plan, and that is measured
     profiles = {}
     for device in devices:
         with stages.at("profile", device):

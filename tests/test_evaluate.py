@@ -128,11 +128,11 @@ def test_the_key_holds_all_that_decides(database: LevelDatabase) -> None:
         base.key(plan, "recovered"),
         base.key(database.space.dense, "full"),
         evaluator(database, threads=2).key(plan, "full"),
-        evaluator(database, recovery_key={"steps": 3}).key(plan, "recovered"),
+        evaluator(database, recovery_key=lambda: {"steps": 3}).key(plan, "recovered"),
     }
     assert len(keys) == 6
     assert evaluator(database, "macs<=10%").key(plan, "full") == base.key(plan, "full"), "budgets decide nothing"
-    assert evaluator(database, recovery_key={"steps": 3}).key(plan, "full") == base.key(plan, "full")
+    assert evaluator(database, recovery_key=lambda: {"steps": 3}).key(plan, "full") == base.key(plan, "full")
 
 
 def test_recovered_without_a_recovery_is_a_sentence(database: LevelDatabase) -> None:

@@ -256,7 +256,7 @@ def test_unknown_names(tmp_path: Path) -> None:
         ({"budgets": ("mac<=50%",)}, "macs"),
         ({"methods": ("channel",)}, "channels"),
     ):
-        assert f"Did you mean {word!r}" in refused(UnknownName, task, tmp_path, **changes)
+        assert f"Did you mean {word!r}" in refused(UnknownName, task, tmp_path / word, **changes)
 
 
 def test_a_budget_that_no_plan_can_meet(tmp_path: Path) -> None:
@@ -264,6 +264,7 @@ def test_a_budget_that_no_plan_can_meet(tmp_path: Path) -> None:
     assert "macs" in message
 
 
+@pytest.mark.slow
 def test_quality_that_nobody_reaches_is_told_after_everything_is_written(tmp_path: Path) -> None:
     """Chance level is allowed nowhere near: everything is written, then the sentence."""
     task = networks.task("resnet-b", n=32)
