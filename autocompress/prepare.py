@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from autocompress.hwprofiles import HardwareProfile, known_profiles, load_profil
 from autocompress.onnx_file import Artifact, sha256_of
 from autocompress.recover import Recovery, recover
 from autocompress.results import Request
+from autocompress.search import check_feasible
 from autocompress.space import make_space
 from autocompress.tasks import Task, check, load_task
 from autocompress.types import METRICS, Budget, Kernel, Plan, SearchSpace
@@ -66,6 +67,7 @@ def prepare(
     request: Request, out: Path, given: Task | None, stages: Ticker, cancelled: Callable[[], bool] | None
 ) -> Prepared:
     """All of it, from the caches where it was made before."""
+    budgets = [Budget.parse(text) for text in request.budgets]
     with stages.at("task", request.task):
         task = given or load_task(request.task, request.data, request.seed)
         if given is not None:
@@ -73,12 +75,12 @@ def prepare(
     with stages.at("graph"):
         graph = trace(task.model, task.example_inputs)
         space = make_space(graph, request.methods, request.importance)
+        _refuse_impossible(graph, space, budgets)
     with stages.at("database"):
         database = LevelDatabase(graph, space, task, cache_dir() / "databases", seed=request.seed)
         database.build(lambda done, total: stages.tick(done, total), cancelled)
     with stages.at("export", "the original"):
         original = _original(database, out)
-    budgets = [Budget.parse(text) for text in request.budgets]
     devices = list(dict.fromkeys(d for b in budgets if (d := b.device) is not None))
     if all(METRICS[b.metric].quality for b in budgets):
         devices = ["local"]  # only quality is limited: what is wanted is the fastest plan, and that is measured
@@ -91,6 +93,13 @@ def prepare(
     costs = CostModel(graph, space, profiles, original.bytes)
     dense = costs.in_units(space.dense)
     return Prepared(task, graph, space, database, costs, original, profiles, dense, _notes(graph, request))
+
+
+def _refuse_impossible(graph: Graph, space: SearchSpace, budgets: Sequence[Budget]) -> None:
+    """Budgets on what needs no device and no file are judged before anything long begins."""
+    costs = CostModel(graph, space, {})
+    dense = costs.in_units(space.dense)
+    check_feasible(space, costs, [b.absolute(dense) for b in budgets if b.metric in ("macs", "params")])
 
 
 def _notes(graph: Graph, request: Request) -> tuple[str, ...]:
