@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocompress.errors import BudgetUnmet, StoreError, UnknownName, UsageError
+from autocompress.files import make_folder
 from autocompress.results import JobResult, Point, Progress, Request
 from autocompress.types import FIDELITIES, METRICS, Budget, digest
 from autocompress.validate import make_request
@@ -147,6 +148,7 @@ def run(
     from autocompress.dashboard.picture import write_front_png
     from autocompress.service.store import JobStore
 
+    make_folder(out)
     with JobStore(out / "ledger.sqlite") as store:
         ledger = store.ledger(request.hash)
         try:

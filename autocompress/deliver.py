@@ -147,7 +147,7 @@ def certified(
     replay: str,
     verifying: Callable[[], AbstractContextManager[Any]],
 ) -> Certificate:
-    """Export one plan, prove it and write ``certificate.json`` beside it."""
+    """Export one plan, prove it and write its certificate beside it."""
     task = made.task
     examples = task.inputs(task.calibration.take(EXAMPLES))
     model = models.deployed(evaluation.plan, evaluation.fidelity)
@@ -198,16 +198,20 @@ def expected_layers(made: Prepared, evaluation: Evaluation) -> dict[str, int]:
     return count
 
 
-def replay_command(request: Request, out: Path) -> str:
-    """The command that makes the same files again, with the measured profile and the resolved choices given."""
+def replay_command(request: Request, out: Path, evaluations: int) -> str:
+    """The command that makes the same files again, with the measured profile and the resolved choices given.
+
+    ``evaluations``: how many a search by the clock has made.
+    """
     words = ["autocompress", "compress", request.task]
     for folder in request.data:
         words += ["--data", folder]
     for budget in request.budgets:
         words += ["--budget", budget]
     words += ["--controller", request.controller, "--seed", str(request.seed), "--importance", request.importance]
-    if request.evaluations is not None:
-        words += ["--evaluations", str(request.evaluations)]
+    count = request.evaluations if request.minutes is None else evaluations  # a clock does not repeat, a count does
+    if count is not None:
+        words += ["--evaluations", str(count)]
     if request.methods != METHOD_FAMILIES:
         words += ["--methods", ",".join(request.methods)]
     profiles = dict(request.profiles)

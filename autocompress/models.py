@@ -104,5 +104,9 @@ def _restore(model: fx.GraphModule, tensors: dict[str, Tensor]) -> fx.GraphModul
         part, (scale, zero) = parts[name.removesuffix(RANGE)], tensors.pop(name).tolist()
         assert isinstance(part, ActivationQuant)
         part.scale, part.zero_point = scale, int(zero)
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "bias" and parts[owner].bias is None:  # refit gives every layer one
+            parts[owner].bias = nn.Parameter(torch.empty_like(tensor))
     model.load_state_dict(tensors, strict=True)
     return model

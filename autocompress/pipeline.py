@@ -7,6 +7,7 @@ and distilled models and the state of the clock-dependent choices are on disk, s
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from autocompress.search import CONTROLLERS, ParetoFront, Polish, check_feasible
 from autocompress.search import run as run_search
 from autocompress.tasks import Task
 from autocompress.types import METRICS, Budget, Evaluation, Fidelity, Ledger, Objective, Plan, Query
-from autocompress.verify import Certificate
+from autocompress.verify import Certificate, certificate_of
 
 DEFAULT_EVALUATIONS = 400
 REFITTED = 10
@@ -38,7 +39,7 @@ TIMED = 10
 LONGER = 4
 """The plan that recovers best is then distilled this many times longer."""
 CERTIFIED = 3
-"""How many plans may be timed again until one holds its latency."""
+"""How many plans may be written and timed again until one holds its budgets on costs."""
 REACH = 3.0
 """A quality budget that is missed by so many points (or times its limit) may come within reach by distillation."""
 POLISH_SHARE = 12
@@ -307,8 +308,8 @@ class _Run:
         for chosen in holding[:CERTIFIED] or [nearest]:
             certificate = self._certified(chosen)
             failed = [check for check in certificate.budgets if check.holds is False]
-            if not any(check.budget.startswith("latency_ms") for check in failed):
-                break  # a plan at the limit may miss it when it is timed once more: then the next one has its turn
+            if all(METRICS[Budget.parse(check.budget).metric].quality for check in failed):
+                break  # a plan at a cost's limit may miss it in the final file: then the next one has its turn
         best = chosen if holding and not failed else None
         self.notes += certificate.statements
         result = self._write(deliveries, best)
@@ -328,7 +329,7 @@ class _Run:
                 self.made,
                 self.out / "model.onnx",
                 self.request,
-                replay_command(self.request, self.out),
+                replay_command(self.request, self.out, self.searched),
                 lambda: self.stages.at("verify"),
             )
 
@@ -400,19 +401,20 @@ def export(
         raise UsageError(f"{folder / 'result.json'} does not say what was asked; run the job again.")
     stages = _Stages(progress)
     torch.set_num_threads(request.threads or len(os.sched_getaffinity(0)))
+    point = choose(result, pick)
     run = _Run(request, folder, task, None, stages, cancelled)
     run._prepare()
-    point = choose(result, pick)
     path = out or folder / f"{point.id}.onnx"
     make_folder(path.parent)
     plan = run.made.space.plan_from_json(point.levels)
     evaluation = Evaluation(plan, point.fidelity, point.values, point.costs, point.violation)
-    replay = f"{replay_command(request, folder)} && autocompress export {folder} --pick {point.id} --out {path}"
+    again = shlex.join(["autocompress", "export", str(folder), "--pick", point.id, "--out", str(path)])
+    replay = f"{replay_command(request, folder, result.evaluations)} && {again}"
     with stages.at("export", point.id):
         delivered = certified(evaluation, run.models, run.made, path, request, replay, lambda: stages.at("verify"))
     return {
         "onnx": str(path),
-        "certificate": str(path.with_name("certificate.json")),
+        "certificate": str(certificate_of(path)),
         "plan": point.id,
         "holds": delivered.holds,
         "statements": list(delivered.statements),

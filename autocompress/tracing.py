@@ -19,7 +19,7 @@ def normalized(model: nn.Module) -> fx.GraphModule:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModel(
-            f"The model cannot be traced: {reason} Control flow must not depend on the input's values; "
+            f"The model cannot be traced: {reason.rstrip('.')}. Control flow must not depend on the input's values; "
             "move such branches out of forward()."
         ) from error
     in_place = {operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub}

@@ -8,16 +8,19 @@ import difflib
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import ValidationError
 
 from autocompress.errors import UnknownName, UsageError
 from autocompress.results import METHOD_FAMILIES, Request
-from autocompress.types import Budget
+from autocompress.types import METRICS, Budget
+
+if TYPE_CHECKING:
+    from autocompress.hwprofiles import HardwareProfile
 
 
 def make_request(fields: Mapping[str, Any]) -> Request:
@@ -36,8 +39,8 @@ def make_request(fields: Mapping[str, Any]) -> Request:
     _numbers(request)
     _names(request)
     folders = folders_of(request.data)
-    profiles = _profiles(request.profiles, budgets)
-    _devices(budgets, profiles)
+    profiles = _profiles(request.profiles, budgets, request.batch)
+    _devices(budgets, profiles, request.batch)
     texts = tuple(str(budget) for budget in budgets)
     task = _task(request.task)
     return request.model_copy(update={"task": task, "budgets": texts, "data": folders, "profiles": profiles})
@@ -112,19 +115,25 @@ def folders_of(folders: Iterable[str]) -> tuple[str, ...]:
     return tuple(str(Path(folder).resolve()) for folder in folders)
 
 
-def _devices(budgets: Iterable[Budget], profiles: Mapping[str, str]) -> None:
+def _devices(budgets: Sequence[Budget], profiles: Mapping[str, str], batch: int) -> None:
     """Every device has a profile: given, shipped or measured; this machine's is measured on demand."""
     wanted = {budget.device for budget in budgets if budget.device} - {"local", *profiles}
     if wanted:
-        from autocompress.hwprofiles import load_profile
+        from autocompress.hwprofiles import known_profiles, load_profile
 
+        known = known_profiles()
         for device in sorted(wanted):
-            load_profile(device)  # an unknown or damaged one raises
+            if device not in known:
+                hint = "'local' is this machine; measure another with 'autocompress profile measure --name NAME' there."
+                raise UnknownName("device", device, {"local", *profiles, *known}, hint)
+            _same_batch(device, load_profile(device), batch)  # a damaged one raises
 
 
-def _profiles(profiles: Mapping[str, str], budgets: Iterable[Budget]) -> dict[str, str]:
+def _profiles(profiles: Mapping[str, str], budgets: Sequence[Budget], batch: int) -> dict[str, str]:
     """Device -> absolute path. A profile that no budget asks for is refused: it would be forgotten in silence."""
     devices = {budget.device for budget in budgets if budget.device}
+    if all(METRICS[budget.metric].quality for budget in budgets):
+        devices = {"local"}  # what is wanted then is the fastest plan here
     if profiles:
         from autocompress.hwprofiles import HardwareProfile
     for name, path in profiles.items():
@@ -134,5 +143,13 @@ def _profiles(profiles: Mapping[str, str], budgets: Iterable[Budget]) -> dict[st
             raise UsageError(f"No budget asks for device {name!r} of --profile {name}={path}; {way}")
         if not Path(path).is_file():
             raise UsageError(f"--profile {name} takes a file that exists, got {path!r}; 'profile measure' writes one.")
-        HardwareProfile.load(path)  # a damaged one raises
+        _same_batch(name, HardwareProfile.load(path), batch)  # a damaged one raises
     return {name: str(Path(path).resolve()) for name, path in profiles.items()}
+
+
+def _same_batch(device: str, profile: HardwareProfile, batch: int) -> None:
+    if profile.batch != batch:
+        raise UsageError(
+            f"The profile of {device!r} was measured with batches of {profile.batch}, the request has --batch {batch}; "
+            "choose the same, or measure the device again."
+        )

@@ -270,7 +270,7 @@ def certify(
     hashes: Mapping[str, str],
     replay: str,
 ) -> Certificate:
-    """Put together what was measured and write it as ``certificate.json`` beside the ONNX file.
+    """Put together what was measured and write it beside the ONNX file, see :func:`certificate_of`.
 
     ``original``: the uncompressed model's ONNX file, exported the same way. ``hashes``: of the plan, task, database and
     profile. ``replay``: the command that makes the file again. Raises :class:`UsageError` when the file is not the one
@@ -297,8 +297,15 @@ def certify(
         environment=environment(),
         replay=replay,
     )
-    write_json(Path(artifact.path).with_name("certificate.json"), certificate.to_json())
+    write_json(certificate_of(Path(artifact.path)), certificate.to_json())
     return certificate
+
+
+def certificate_of(model: Path) -> Path:
+    """Where a file's certificate lies: ``certificate.json`` for ``model.onnx``, ``NAME.certificate.json`` for another
+    name, so that several files in one folder keep theirs.
+    """
+    return model.with_name("certificate.json" if model.stem == "model" else f"{model.stem}.certificate.json")
 
 
 def _statements(
@@ -310,11 +317,12 @@ def _statements(
     checks: Sequence[BudgetCheck],
 ) -> list[str]:
     """What a person must know, a sentence each."""
-    value, low, high = quality.drop
+    fine = 0 < max(map(abs, quality.drop)) < 0.1  # a metric of small numbers, such as a squared error
+    value, low, high = (f"{end + 0.0:.2g}" if fine else f"{end + 0.0:.2f}" for end in quality.drop)
     sentences = [
         f"{quality.metric_name} on {quality.examples} report examples is {quality.compressed[0]:.4f}, the original's "
-        f"{quality.original[0]:.4f}: a drop of {value:.2f} points "
-        f"({quality.level:.0%} paired interval {low:.2f} to {high:.2f}).",
+        f"{quality.original[0]:.4f}: a drop of {value} points "
+        f"({quality.level:.0%} paired interval {low} to {high}).",
         speed_statement(speed),
         f"The file has {artifact.bytes / 1e6:.4g} MB, the original's {original_bytes / 1e6:.4g} MB "
         f"({artifact.bytes / original_bytes:.1%}).",

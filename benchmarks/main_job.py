@@ -68,7 +68,9 @@ def one(key: str, args: argparse.Namespace) -> dict[str, object]:
         seed=args.seed,
         threads=1,
     )
-    out = cache_dir() / "benchmarks" / f"main_job_{key.replace(':', '_')}_{request.hash}"
+    same = request.hash  # the steps do not name the folder: a run with other steps reuses every other evaluation
+    request = request.model_copy(update={"recover_steps": args.recover_steps})
+    out = cache_dir() / "benchmarks" / f"main_job_{key.replace(':', '_')}_{same}"
     cpu, start = time.process_time(), time.time()
 
     def tick(p: object) -> None:
@@ -77,7 +79,7 @@ def one(key: str, args: argparse.Namespace) -> dict[str, object]:
     out.mkdir(parents=True, exist_ok=True)
     with JobStore(out / "ledger.sqlite") as store:
         try:
-            result = compress(request, out, ledger=store.ledger(request.hash), progress=tick)
+            result = compress(request, out, ledger=store.ledger(same), progress=tick)
         except BudgetUnmet as error:
             print(error)
             result = JobResult.model_validate_json((out / "result.json").read_text())
@@ -120,6 +122,7 @@ def main() -> None:
     parser.add_argument("--only", help="one problem, such as resnet20:50")
     parser.add_argument("--evaluations", type=int, default=400)
     parser.add_argument("--recover-minutes", type=float, default=4.0)
+    parser.add_argument("--recover-steps", type=int, help="steps a plan, instead of minutes")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.data = [folder for folder in args.data if folder]

@@ -164,7 +164,7 @@ def test_replay_command_of_a_certificate_is_understood(tmp_path: Path) -> None:
         "threads": 2,
     }
     request = make_request(fields).model_copy(update={"recover_steps": 30})
-    words = shlex.split(replay_command(request, tmp_path))
+    words = shlex.split(replay_command(request, tmp_path, 9))
     assert words[:2] == ["autocompress", "compress"]
     with LEAVES["autocompress", "compress"].make_context("compress", words[2:]) as context:
         asked = context.params

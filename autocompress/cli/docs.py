@@ -35,22 +35,23 @@ def verbs(command: Any, path: tuple[str, ...] = ("autocompress",)) -> Iterator[t
         yield from verbs(child, (*path, name))
 
 
-def help_text(path: tuple[str, ...], command: Any) -> str:
+def help_text(path: tuple[str, ...], commands: dict[tuple[str, ...], Any]) -> str:
     """What ``--help`` prints, at a fixed width so that it is the same in every terminal."""
-    parent = None
-    for word in path[:-1]:
-        parent = command.context_class(command, info_name=word, parent=parent)
-    context = command.context_class(
-        command, info_name=path[-1], parent=parent, terminal_width=WIDTH, help_option_names=["-h", "--help"]
-    )
+    context = None
+    for depth, word in enumerate(path, start=1):
+        command = commands[path[:depth]]
+        context = command.context_class(
+            command, info_name=word, parent=context, terminal_width=WIDTH, help_option_names=["-h", "--help"]
+        )
     return "\n".join(line.rstrip() for line in command.get_help(context).strip().splitlines())
 
 
 def render() -> str:
     """The whole page."""
+    commands = dict(verbs(typer.main.get_command(app)))
     parts = [_INTRODUCTION]
-    for path, command in verbs(typer.main.get_command(app)):
-        parts.append(f"\n## {' '.join(path)}\n\n```text\n{help_text(path, command)}\n```\n")
+    for path in commands:
+        parts.append(f"\n## {' '.join(path)}\n\n```text\n{help_text(path, commands)}\n```\n")
     return "".join(parts)
 
 

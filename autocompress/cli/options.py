@@ -32,7 +32,9 @@ Data = Annotated[
     list[str] | None,
     typer.Option("--data", metavar="DIR", help="A folder with data sets, beside AUTOCOMPRESS_DATA; repeatable."),
 ]
-Controller = Annotated[str, typer.Option("--controller", help="The search algorithm: random, evolution or exact.")]
+Controller = Annotated[
+    str, typer.Option("--controller", help="The search algorithm: evolution, exact, random or uniform.")
+]
 Evaluations = Annotated[
     int | None, typer.Option("--evaluations", help="Stop the search after so many evaluations; repeats exactly.")
 ]

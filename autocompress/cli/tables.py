@@ -95,6 +95,7 @@ def number(value: float | None) -> str:
     """Four significant digits, and k, M or G for what is counted."""
     if value is None:
         return "–"
+    value += 0.0  # no minus before a zero
     for least, unit, suffix in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(value) >= least:
             return f"{value / unit:.4g} {suffix}"
