@@ -122,7 +122,9 @@ class ModelEvaluator:
         loss = fitness(self.task, outputs, reference, split.targets)
         metric = self.task.metric(outputs, split.targets)
         drop = self.task.metric(reference, split.targets) - metric
-        drop *= self.task.points * (1 if self.task.higher_is_better else -1)
+        drop = round(
+            drop * self.task.points * (1 if self.task.higher_is_better else -1), 9
+        )  # 3 of 300 are 1 point, no more
         found = {"loss": loss, "metric": metric, "accuracy_drop": drop}
         return {name: value if math.isfinite(value) else None for name, value in found.items()}
 

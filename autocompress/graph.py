@@ -34,6 +34,8 @@ Keep = npt.NDArray[np.bool_]
 FOLDS = "folds"
 """Key in ``fx.Node.meta`` of the batch norms that belong to the layer before them (``Layer.norm``)."""
 
+IS_OUTPUT = "it is the model's output"
+
 
 @dataclass(frozen=True, eq=False)
 class Layer:
@@ -162,7 +164,7 @@ def _propagate(
         shape = runner.shapes.get(node.name)
         if node.op == "output":
             for source in node.all_input_nodes:
-                values[source.name].pin(classes, "it is the model's output")
+                values[source.name].pin(classes, IS_OUTPUT)
         elif shape is not None:
             shared = node.op == "call_module" and uses[str(node.target)] > 1
             values[node.name] = apply_rule(module, node, shape, values, classes, channelwise, shared)

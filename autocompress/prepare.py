@@ -19,7 +19,7 @@ from autocompress.deploy import deploy
 from autocompress.errors import Cancelled, UnknownName
 from autocompress.export import export_onnx
 from autocompress.files import cache_dir, write_json
-from autocompress.graph import Graph, trace
+from autocompress.graph import IS_OUTPUT, Graph, trace
 from autocompress.hwprofiles import HardwareProfile, known_profiles, load_profile, measure_local, measure_ms
 from autocompress.onnx_file import Artifact, sha256_of
 from autocompress.recover import Recovery, recover
@@ -105,7 +105,8 @@ def _refuse_impossible(graph: Graph, space: SearchSpace, budgets: Sequence[Budge
 def _notes(graph: Graph, request: Request) -> tuple[str, ...]:
     if "channels" not in request.methods:
         return ()
-    return tuple(f"Channels of {name} are not pruned: {why}." for name, why in graph.refused.items())
+    refused = {name: why for name, why in graph.refused.items() if why != IS_OUTPUT}  # that one goes without saying
+    return tuple(f"Channels of {name} are not pruned: {why}." for name, why in refused.items())
 
 
 def _original(database: LevelDatabase, out: Path) -> Artifact:

@@ -33,7 +33,7 @@ def make_result(
     points = []
     for delivery in deliveries:
         on_front = id(delivery) in deliverable
-        points.append(_point(made, budgets, delivery.evaluation, delivery.measured, on_front, ops=on_front))
+        points.append(_point(made, budgets, delivery.evaluation, delivery.measured, on_front, ops=True))
     for evaluation in front.evaluations("full")[:MOST_POINTS]:
         if evaluation.plan != space.dense:
             points.append(_point(made, budgets, evaluation, {}, False, ops=False))

@@ -131,7 +131,8 @@ def main() -> None:
         if (args.only and key != args.only) or (not args.only and key in rows):
             continue
         print(key)
-        rows[key] = one(key, args)
+        row = one(key, args)
+        rows = {**load("main_job"), key: row}  # another process may have finished a row meanwhile
         rows = {k: rows[k] for k in PROBLEMS if k in rows}
         title = "The main job: CIFAR-10 ResNets under one budget"
         save("main_job", rows, COLUMNS, title, "python benchmarks/main_job.py")

@@ -137,13 +137,10 @@ def test_kept_models_come_back_to_the_bit(database: LevelDatabase, tmp_path: Pat
 
 
 def test_a_kept_model_has_the_biases_that_refit_added(tmp_path: Path) -> None:
-    task = networks.task("densenet", n=32)  # its convolutions have no bias and no norm behind them
-    graph = trace(task.model, task.example_inputs)
-    database = LevelDatabase(graph, make_space(graph, METHOD_FAMILIES), task, None)
-    database.build()
-    plan, x = pruned(database.space), task.inputs(task.search)
+    database = make("densenet", tmp_path / "densenet")  # its convolutions have no bias and no norm behind them
+    plan, x = pruned(database.space), database.task.inputs(database.task.search)
     with torch.no_grad():
-        made, again = (models(database, tmp_path).deployed(plan, "refitted")(x) for _ in range(2))
+        made, again = (models(database, tmp_path / "kept").deployed(plan, "refitted")(x) for _ in range(2))
     assert torch.equal(made, again)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -131,12 +132,17 @@ def _follow(store: JobStore, job_id: str) -> None:
 
 
 def _show_notes(result: JobResult) -> None:
-    for note in result.notes[:SHOWN_NOTES]:
-        st.warning(note, icon=":material/warning:")
-    if rest := result.notes[SHOWN_NOTES:]:
-        with st.expander(f"{len(rest)} more notes"):
-            for note in rest:
-                st.warning(note, icon=":material/warning:")
+    """What was measured and decided, as a list: a note is a fact to read, not an alarm."""
+    with st.container(border=True):
+        st.markdown("\n".join(f"- {_escaped(note)}" for note in result.notes[:SHOWN_NOTES]))
+        if rest := result.notes[SHOWN_NOTES:]:
+            with st.expander(f"{len(rest)} more notes"):
+                st.markdown("\n".join(f"- {_escaped(note)}" for note in rest))
+
+
+def _escaped(text: str) -> str:
+    """Text as it is: no Markdown, no formulas, no HTML."""
+    return re.sub(r"([\\`*_{}\[\]<>$#|~:])", r"\\\1", text)
 
 
 def _show_result(store: JobStore, job: Job, result: JobResult) -> None:

@@ -71,7 +71,7 @@ def test_a_job_page(filled: tuple[JobStore, Job]) -> None:
     _store, job = filled
     result = sample.result()
     app = open_page(job.id)
-    assert [w.value for w in app.warning] == list(result.notes)
+    assert not app.warning and all(f"- {note}" in texts(app) for note in result.notes)
     assert len(app.get("plotly_chart")) == 2
     plan = app.selectbox(key=f"plan-{job.id}")
     assert plan.value == result.best and len(plan.options) == 18 + 1
