@@ -86,8 +86,9 @@ class Front:
 
 
 def value_of(point: Point, key: str) -> float:
-    """A value or predicted cost of a point; NaN where it has none."""
-    return point.values.get(key, point.costs.get(key, math.nan))
+    """A value or cost of a point, as measured where it was, else as predicted; NaN where it has none."""
+    known = point.values.get(key, point.costs.get(key, math.nan))
+    return point.measured.get(key, known)  # a budget is judged by what was measured, so it is drawn there
 
 
 def axes_of(result: JobResult) -> list[str]:
