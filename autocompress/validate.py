@@ -125,7 +125,7 @@ def _devices(budgets: Sequence[Budget], profiles: Mapping[str, str], batch: int)
         for device in sorted(wanted):
             if device not in known:
                 hint = "'local' is this machine; measure another with 'autocompress profile measure --name NAME' there."
-                raise UnknownName("device", device, {"local", *profiles, *known}, hint)
+                raise UnknownName("profile", device, {"local", *profiles, *known}, hint)
             _same_batch(device, load_profile(device), batch)  # a damaged one raises
 
 
