@@ -165,7 +165,7 @@ def test_all_forms_of_int8_mean_the_same(tmp_path):
 
 @pytest.mark.parametrize("kind", ["int8", "w8"])
 def test_a_form_that_this_host_computes_wrong_is_never_handed_out(kind, tmp_path):
-    """Large weights behind large activations saturate 16-bit sums where the processor lacks VNNI; the file says so or is right."""
+    """Large weights behind large activations saturate 16-bit sums where the processor lacks VNNI."""
     layer = nn.Conv2d(64, 8, 3, padding=1)
     with torch.no_grad():
         layer.weight.copy_(torch.where(layer.weight > 0, 1.0, -1.0))
