@@ -149,7 +149,7 @@ def test_layers_without_a_least_squares_form_say_so() -> None:
     dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
     seed=st.integers(0, 10**6),
 )
-def test_windows_at_some_positions_are_those_of_the_whole_unfolding(kernel, stride, padding, dilation, seed) -> None:  # type: ignore[no-untyped-def]
+def test_windows_at_some_positions_are_those_of_the_whole_unfolding(kernel, stride, padding, dilation, seed) -> None:
     layer = nn.Conv2d(3, 5, kernel, stride, padding, dilation)
     x = torch.randn(2, 3, 9, 11, generator=torch.Generator().manual_seed(seed))
     n = layer(x)[0, 0].numel()
