@@ -37,7 +37,8 @@ class _Template:
 
     ``features``: whether it runs, the level of its layer, the width of each tensor it reads and of the one it writes, and
     whether an int8 level quantizes each of these tensors. ``groups``: of a convolution as it is; 0 for one filter a channel,
-    however many there are. ``bias``: the dense layer has one, its own or its norm's. ``dense_inputs``: channels it reads when nothing is pruned.
+    however many there are. ``bias``: the dense layer has one, its own or its norm's. ``dense_inputs``: channels it reads when
+    nothing is pruned.
     """
 
     op: Op
