@@ -8,6 +8,7 @@ rows at equal error).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +52,8 @@ def unfold(layer: nn.Module, x: Tensor, where: Tensor | None = None) -> Tensor:
 
 def _windows(layer: nn.Conv2d, x: Tensor, where: Tensor) -> Tensor:
     """What a convolution reads at some output positions only: a few of a thousand.  # (n * len(where), in * kh * kw)"""
-    (top, left), (down, right), (high, wide) = layer.padding, layer.stride, layer.dilation  # type: ignore[misc]
+    (down, right), (high, wide) = layer.stride, layer.dilation
+    top, left = cast("tuple[int, int]", layer.padding)  # one written as a text has no Gram matrix, see unfolded_size
     kh, kw = layer.kernel_size
     width = (x.shape[3] + 2 * left - wide * (kw - 1) - 1) // right + 1
     y = (where // width * down)[:, None] + torch.arange(kh) * high  # (positions, kh)
