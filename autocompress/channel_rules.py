@@ -7,6 +7,7 @@ reason, so that nothing is pruned on a guess.
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -419,6 +420,12 @@ def is_relu(module: fx.GraphModule, node: fx.Node) -> bool:
     """ReLU or ReLU6, as module, function or method: what runtimes fuse into the operator before it."""
     target = call_target(module, node)
     return isinstance(target, nn.ReLU | nn.ReLU6) or target in (F.relu, F.relu6, torch.relu, "relu")
+
+
+def relu_ceiling(module: fx.GraphModule, node: fx.Node) -> float:
+    """Where a ReLU's output ends: infinity, or 6."""
+    target = call_target(module, node)
+    return 6.0 if isinstance(target, nn.ReLU6) or target is F.relu6 else math.inf
 
 
 def op_kind(target: Any, part: nn.Module | None) -> str:

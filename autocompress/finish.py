@@ -2,18 +2,21 @@
 
 Each convolution and linear layer is refitted in the order it runs (He et al. 2017, asymmetric form), and where its output
 is added to a residual stream whose other side is already known, towards what the *sum* should be: a layer then also makes
-good what earlier removals did to the stream. The batch norms get the statistics of the compressed model.
+good what earlier removals did to the stream. Where a ReLU follows, only what it lets through is to be reproduced: targets
+below zero become whatever the layer makes of them below zero, in a few rounds (Zhang et al. 2016, "Accelerating very deep
+convolutional networks", section 3.2). The batch norms get the statistics of the compressed model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from autocompress.channel_rules import is_relu, relu_ceiling
 from autocompress.database import BATCH, RANGE_IMAGES, LevelDatabase, RangeObserver, freeze_ranges
 from autocompress.deploy import fold_norm, set_submodule
 from autocompress.errors import Cancelled
@@ -23,8 +26,11 @@ from autocompress.methods import LowRank
 from autocompress.methods.quantization import ActivationQuant
 from autocompress.types import Plan
 
-FINISH_IMAGES = 1024
-ROWS_PER_INPUT = 60
+FINISH_IMAGES = 2048
+ROWS_PER_INPUT = 90
+RELU_ROUNDS = 2
+REMEMBERED = 2**26
+"""Rows of so many numbers (256 MB) are kept for the next pass; gathering windows again takes longer than multiplying them."""
 
 
 def finish(
@@ -101,7 +107,6 @@ class _Refit:
 
     def _refit_layer(self, node: fx.Node, layer: Layer) -> None:
         """Replace one layer's weights by the least-squares fit to what the dense model has at its place."""
-        like = self.database.graph.module.get_submodule(layer.name)
         steps = self.database.layer_steps(self.plan, layer.name)
         source = node.all_input_nodes[0]
         new_inputs = self._reads_a_change(node) or not self.keep[layer.inputs].all()
@@ -110,37 +115,43 @@ class _Refit:
         gram = self.database.gram(layer.name)
         if gram is None or not (new_inputs or any(isinstance(step, LowRank) for step in steps)):
             return  # on the inputs it was trained on, a layer's own weights are the best fit before rounding
-        rows = layer.kept_outputs(self.keep)
-        other, total = self._other_side(layer)
-        per_image = -(-ROWS_PER_INPUT * len(gram) // self.images)
-        moments = Moments()
-        for i in range(len(self.inputs)):
-            dense = self.dense.value(total or layer.node, i)
-            where = positions(like, dense, per_image, self.generator)
-            target = output_rows(like, dense, where)
-            target = target[:, self._kept_of(total or layer.node)]
-            if other is not None:
-                target = target - output_rows(like, self.env[other][i], where)
-            elif layer.norm:
-                target = self._normed(layer, target, rows)
-            x = unfold(like, self.env[source][i], where)
-            moments.add(x, target)
-        solution = solve(moments.gram, moments.cross)
+        moments, solution = self._fit(_Rows(self, layer, node, -(-ROWS_PER_INPUT * len(gram) // self.images)))
         weight, bias = solution[:, :-1].float(), solution[:, -1].float()
-        shape = (len(rows), len(layer.kept_inputs(self.keep)), *self.database.folded(layer.name)[0].shape[2:])
+        kept = len(layer.kept_outputs(self.keep)), len(layer.kept_inputs(self.keep))
+        shape = (*kept, *self.database.folded(layer.name)[0].shape[2:])
         made = self.database.neutral(layer, weight.reshape(shape), bias, moments.gram, steps)
         for name, part in made.items():
             self._install(name, part, layer)
         self._calibrate_inside(layer, source)
 
-    def _normed(self, layer: Layer, target: Tensor, rows: Any) -> Tensor:
-        """Dense pre-norm outputs -> what the norm makes of them: targets are in folded space."""
-        norm = self.database.graph.module.get_submodule(str(layer.norm))
-        factor, shift = fold_norm(torch.ones(len(layer.outputs)), None, norm)
-        index = torch.from_numpy(rows)
-        return target * factor[index] + shift[index]
+    def _fit(self, rows: _Rows) -> tuple[Moments, Tensor]:
+        """Least squares up to the ReLU behind.  # moments, (out, in * area + 1)"""
+        moments = Moments()
+        for x, target, offset in rows:
+            moments.add(x, target - offset)
+        solution = solve(moments.gram, moments.cross)
+        if (ceiling := rows.ceiling) is None:
+            return moments, solution
+        for _ in range(RELU_ROUNDS):
+            cross = torch.zeros_like(solution)
+            for x, target, offset in rows:
+                made = x @ solution.float().T + offset
+                low = torch.where(target < 0, made.clamp_max(0), target)
+                wanted = torch.where(target > ceiling, made.clamp_min(ceiling), low)
+                cross += ((wanted - offset).T @ x).double()
+            solution = solve(moments.gram, cross / moments.rows)
+        return moments, solution
 
-    def _other_side(self, layer: Layer) -> tuple[fx.Node | None, str | None]:
+    def ceiling(self, layer: Layer, total: str | None) -> float | None:
+        """Where the ReLU behind a layer, or behind the sum it goes into, ends; ``None`` without one."""
+        module = self.database.graph.module
+        name = layer.activation
+        if total is not None:
+            users = list(self.dense.by_name[total].users)
+            name = users[0].name if len(users) == 1 and is_relu(module, users[0]) else None
+        return None if name is None else relu_ceiling(module, self.dense.by_name[name])
+
+    def other_side(self, layer: Layer) -> tuple[fx.Node | None, str | None]:
         """If the layer's result is added to a value already known: that value's node and the addition's name."""
         if layer.activation is not None:
             return None, None
@@ -154,7 +165,7 @@ class _Refit:
         if op is None or len(add.all_input_nodes) != 2:
             return None, None
         other = next((n for n in add.all_input_nodes if n is not node), None)
-        if other is None or other not in self.env or other not in self.changed:
+        if other is None or other not in self.env:
             return None, None
         values = self.database.graph.values
         if values[self._unquantized(other).name].shape != values[layer.node].shape:
@@ -167,7 +178,7 @@ class _Refit:
         low, high = min(float(b.min()) for b in seen), max(float(b.max()) for b in seen)
         set_submodule(self.model, str(node.target), ActivationQuant(low, high))
 
-    def _kept_of(self, node: str) -> Tensor:
+    def kept_of(self, node: str) -> Tensor:
         return torch.from_numpy(np.flatnonzero(self.keep[self.database.graph.values[node].ids]))
 
     def _install(self, name: str, part: nn.Module, layer: Layer) -> None:
@@ -182,6 +193,58 @@ class _Refit:
             for batch in self.env[source][: -(-RANGE_IMAGES // BATCH)]:
                 module(batch)
             freeze_ranges(module)
+
+
+Rows = tuple[Tensor, Tensor, Tensor]  # (rows, in * area + 1), (rows, out), (rows, out) or (1, 1): one batch
+
+
+class _Rows:
+    """Input rows of one layer, what is to come of them, and what is added to its outputs: the same rows at every pass."""
+
+    def __init__(self, refit: _Refit, layer: Layer, node: fx.Node, per_image: int) -> None:
+        self.refit, self.layer = refit, layer
+        self.like = refit.database.graph.module.get_submodule(layer.name)
+        self.source = node.all_input_nodes[0]
+        self.other, total = refit.other_side(layer)
+        self.goal = total or layer.node
+        self.ceiling = refit.ceiling(layer, total)
+        self.outputs = torch.from_numpy(layer.kept_outputs(refit.keep))
+        self.kept = refit.kept_of(self.goal)
+        self.where = [
+            positions(self.like, refit.dense.value(self.goal, i), per_image, refit.generator)
+            for i in range(len(refit.inputs))
+        ]
+        self.memory: list[Rows] = []
+
+    def __iter__(self) -> Iterator[Rows]:
+        if self.memory:
+            yield from self.memory
+            return
+        numbers = 0
+        for rows in self._gathered():
+            numbers += rows[0].numel()
+            if numbers <= REMEMBERED:
+                self.memory.append(rows)
+            yield rows
+        if numbers > REMEMBERED:
+            self.memory.clear()
+
+    def _gathered(self) -> Iterator[Rows]:
+        refit, like = self.refit, self.like
+        for i, where in enumerate(self.where):
+            target = output_rows(like, refit.dense.value(self.goal, i), where)[:, self.kept]
+            offset = target.new_zeros(1, 1)
+            if self.other is not None:
+                offset = output_rows(like, refit.env[self.other][i], where)
+            elif self.layer.norm:
+                target = self._normed(target)
+            yield unfold(like, refit.env[self.source][i], where), target, offset
+
+    def _normed(self, target: Tensor) -> Tensor:
+        """Dense pre-norm outputs -> what the norm makes of them: targets are in folded space."""
+        norm = self.refit.database.graph.module.get_submodule(str(self.layer.norm))
+        factor, shift = fold_norm(torch.ones(len(self.layer.outputs)), None, norm)
+        return target * factor[self.outputs] + shift[self.outputs]
 
 
 def run_node(model: fx.GraphModule, node: fx.Node, env: dict[fx.Node, list[Any]], i: int, batch: Tensor) -> Any:

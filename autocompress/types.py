@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -128,6 +129,23 @@ class SearchSpace:
     def sample(self, rng: random.Random) -> Plan:
         """One plan, uniformly."""
         return tuple(rng.randrange(n) for n in self.n_levels)
+
+    def effective(self, plan: Plan) -> Plan:
+        """The same network without choices for what is gone: sites inside a dropped block are dense."""
+        idle = {j for block, inside in self._inside.items() if plan[block] for j in inside}
+        return tuple(0 if i in idle else level for i, level in enumerate(plan)) if idle else plan
+
+    @cached_property
+    def _inside(self) -> dict[int, tuple[int, ...]]:
+        """Block site -> the other sites whose layers all lie in it; of blocks with the same layers the first holds the rest."""
+        layers = [frozenset(site.members) for site in self.sites]
+
+        def within(j: int, block: int) -> bool:
+            same = layers[j] == layers[block] and self.sites[j].kind == "block"
+            return j != block and layers[j] <= layers[block] and bool(layers[j]) and (not same or block < j)
+
+        blocks = [i for i, site in enumerate(self.sites) if site.kind == "block"]
+        return {block: tuple(j for j in range(len(layers)) if within(j, block)) for block in blocks}
 
     def neighbours(self, plan: Plan) -> Iterator[Plan]:
         """All plans that differ from ``plan`` at one site by one level."""

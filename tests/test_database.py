@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import autocompress.database as module
+from autocompress.costs import CostModel
 from autocompress.database import LevelDatabase
 from autocompress.deploy import deploy
 from autocompress.errors import Cancelled, StoreError
@@ -80,6 +81,25 @@ def test_live_and_deployed_compute_the_same(databases: dict[str, LevelDatabase],
             assert float((got - want).abs().mean()) < 0.02 * scale, space.describe(plan)
         else:
             torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("name", networks.BUILDERS)
+def test_sites_inside_dropped_blocks_make_no_difference(databases: dict[str, LevelDatabase], name: str) -> None:
+    """``effective`` names the same network and is its own effect."""
+    database, rng, x = databases[name], random.Random(3), networks.images(5)
+    space, costs = database.space, CostModel(database.graph, database.space, {})
+    idle = 0
+    for _ in range(8):
+        plan = space.sample(rng)
+        same = space.effective(plan)
+        assert space.effective(same) == same
+        if same == plan:
+            continue
+        idle += 1
+        assert (costs.cost([plan]) == costs.cost([same]))[:, :2].all()  # MACs, parameters
+        with torch.no_grad():
+            assert torch.equal(deploy(database.stitch(plan))(x), deploy(database.stitch(same))(x))
+    assert bool(idle) == any(site.kind == "block" for site in space.sites)
 
 
 def test_no_norm_is_left_where_one_belongs_to_a_layer(databases: dict[str, LevelDatabase]) -> None:

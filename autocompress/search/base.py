@@ -136,7 +136,9 @@ class BaseController(ABC):
         return None if plan is None else tuple(plan)
 
     def _judge(self, plans: Sequence[Plan], fidelity: Fidelity) -> Answers:
-        """Evaluations of plans; those already told are not asked again. Full queries within the limits name the budget."""
+        """Evaluations of plans in effect; those already told are not asked again. Full queries within the limits name the
+        budget."""
+        plans = [self.space.effective(plan) for plan in plans]
         fresh = [p for p in dict.fromkeys(plans) if (fidelity, p) not in self.seen]
         if fresh:
             budget = next((i for i in self.limits.budgets if i >= 0), None) if fidelity == "full" else None

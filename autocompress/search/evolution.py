@@ -18,7 +18,7 @@ from autocompress.search.exact import TableSearch
 from autocompress.search.random_ import TINY
 from autocompress.search.surrogate import refine
 from autocompress.search.tables import FloatArray, all_plans, switch
-from autocompress.types import Evaluation, IntArray, Plan, Query
+from autocompress.types import Evaluation, Fidelity, IntArray, Plan, Query
 
 
 @CONTROLLERS.register("evolution")
@@ -32,6 +32,7 @@ class Evolution(TableSearch):
     resolve_every = 6
     patience = 40
     goal_share = 0.6
+    raced: Fidelity = "slice"
 
     def _search(self) -> Asking:
         self._prepare()
@@ -112,8 +113,8 @@ class Evolution(TableSearch):
         if self.pool is not None:
             raw = self.pool
         else:
-            raw = list(dict.fromkeys(self._mutate(parent) for _ in range(self.candidates)))
-        raw = [p for p in raw if ("slice", p) not in self.seen and p != parent]
+            raw = list(dict.fromkeys(self.space.effective(self._mutate(parent)) for _ in range(self.candidates)))
+        raw = [p for p in raw if (self.raced, p) not in self.seen and p != parent]
         found = [p for p, fits in zip(raw, self.tables.fits(raw, limit), strict=True) if fits]
         predicted = {p: float(losses[self.tables.current(p)].sum()) for p in found}
         ranked = sorted(found, key=lambda p: (predicted[p], p))
@@ -122,7 +123,7 @@ class Evolution(TableSearch):
         chosen = ranked[:half] + self.rng.sample(rest, min(len(rest), self.offspring - half))
         if self.pool is None and generation % self.resolve_every == 0:
             found_plan = self._decide(lambda: self._within(losses, limit, parent))
-            if found_plan is not None and ("slice", found_plan) not in self.seen and found_plan not in chosen:
+            if found_plan is not None and (self.raced, found_plan) not in self.seen and found_plan not in chosen:
                 chosen = [found_plan, *chosen[: self.offspring - 1]]
         return chosen
 

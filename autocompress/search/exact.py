@@ -107,6 +107,7 @@ class TableSearch(BaseController):
             at = self.orders[site].index(base[site])
             near += [(site, self.orders[site][i]) for i in (at - 1, at + 1) if 0 <= i < n]
         near = [(s, v) for s, v in near if saved[tables.offsets[s] : tables.offsets[s + 1]].any()]
+        near = [(s, v) for s, v in near if self.space.effective(switch(base, s, v)) != base]  # not in a dropped block
         answers = yield from self._judge([switch(base, s, v) for s, v in near], "slice")
         out = losses - losses[tables.current(base)][tables.site_of]
         shift: dict[tuple[int, int], float] = {}
@@ -146,7 +147,7 @@ class TableSearch(BaseController):
 
     def _within(self, losses: FloatArray, limit: IntArray, *starts: Plan) -> Plan | None:
         found = self.solver.solve(losses, limit, starts or list(self.plans.values())[-1:], quick=True)
-        return None if found is None else found.plan
+        return None if found is None else self.space.effective(found.plan)
 
     def _share(self, plan: Plan) -> float:
         """Cost as a share of the dense one, averaged over the axes."""

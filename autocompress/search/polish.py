@@ -36,7 +36,7 @@ class Polish(Evolution):
         known: Sequence[Evaluation],
         rung: Fidelity = "refitted",
     ) -> None:
-        self.known, self.rung = known, rung
+        self.known, self.rung, self.raced = known, rung, rung
         super().__init__(space, costs, budgets, seed)
 
     def _search(self) -> Asking:
@@ -53,9 +53,7 @@ class Polish(Evolution):
             parent = inside[0]
             gains = np.array([fitness(e) - fitness(parent) for e in inside])
             losses = refine(self.tables, prior, parent.plan, [e.plan for e in inside], gains)
-            children = [
-                p for p in self._children(parent.plan, goal, losses, generation) if (self.rung, p) not in self.seen
-            ]
+            children = self._children(parent.plan, goal, losses, generation)
             generation += 1
             idle = 0 if children else idle + 1
             if children:

@@ -47,7 +47,7 @@ class Random(BaseController):
 
     def _fresh(self, batch: list[Plan]) -> Plan | None:
         for _ in range(100):
-            plan = self._draw(self._limit())
+            plan = self.space.effective(self._draw(self._limit()))
             if plan not in batch and ("full", plan) not in self.seen:
                 return plan
         return None

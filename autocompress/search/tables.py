@@ -177,5 +177,6 @@ def target_ladder(dense: IntArray, limit: IntArray, floor: IntArray, n_before: i
 
 
 def all_plans(space: SearchSpace) -> list[Plan]:
-    """Every plan of a small space, in lexicographic order."""
-    return list(itertools.product(*(range(n) for n in space.n_levels)))
+    """Every plan of a small space, in lexicographic order; of plans that make the same network only the first."""
+    plans = itertools.product(*(range(n) for n in space.n_levels))
+    return list(dict.fromkeys(space.effective(plan) for plan in plans))
