@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from autocompress.deliver import LOCAL, Delivery, certified, choose, replay_command, timed
-from autocompress.errors import BudgetUnmet, Cancelled, InfeasibleBudget, StoreError, UsageError
+from autocompress.errors import BudgetUnmet, Cancelled, InfeasibleBudget, StoreError, UsageError, VerificationError
 from autocompress.evaluate import ModelEvaluator
 from autocompress.files import make_folder, write_text
 from autocompress.models import Models
@@ -227,9 +227,17 @@ class _Run:
     def _cheap_enough(self, evaluation: Evaluation) -> bool:
         return all(b.violation(evaluation[b.key]) == 0 for b in self.budgets if not METRICS[b.metric].quality)
 
-    def _timed(self, judged: Sequence[Evaluation]) -> list[Delivery]:
+    def _timed(self, judged: Sequence[Evaluation], known: Sequence[Delivery] = ()) -> list[Delivery]:
+        """``known`` and what was judged, exported and timed."""
         with self.stages.at("export", f"{len(judged)} plans, to time them"):
-            return timed(judged, self.models, self.made, self.request, self.stages.tick, self.cancelled)
+            found, failures = timed(judged, self.models, self.made, self.request, self.stages.tick, self.cancelled)
+        if failures:
+            self.notes.append(
+                f"{len(failures)} of {len(judged)} plans are left out, as their files fail: {failures[0]}"
+            )
+        if failures and not found and not known:
+            raise failures[0]
+        return [*known, *found]
 
     def _candidates(self) -> list[Plan]:
         """Plans worth a refit: first those under the cost budgets with the best fitness, then along the whole front."""
@@ -274,7 +282,7 @@ class _Run:
         new = [e.plan for e in inside if e.plan not in known][:4]
         with self.stages.at("refit", f"{len(new)} plans"):
             judged = self._judge(new, "refitted")
-        return deliveries + self._timed(judged)
+        return self._timed(judged, deliveries)
 
     def _recover(self, deliveries: list[Delivery]) -> list[Delivery]:
         """The plans nearest the budgets, distilled equally briefly and judged again; the best of them then goes on."""
@@ -304,11 +312,19 @@ class _Run:
         nearest = min(deliveries, key=lambda d: (self._violation(d), d.evaluation.values["loss"]))
         best = holding[0] if holding else None
         self._write(deliveries, best)
-        for chosen in holding[:CERTIFIED] or [nearest]:
-            certificate = self._certified(chosen)
+        certificate, refused = None, VerificationError("No plan could be written as a file.")
+        for delivery in holding[:CERTIFIED] or [nearest]:
+            try:
+                chosen, certificate = delivery, self._certified(delivery)
+            except VerificationError as error:
+                refused = error
+                self.notes.append(f"A plan is left out, as its file fails: {error}")
+                continue
             failed = [check for check in certificate.budgets if check.holds is False]
             if all(METRICS[Budget.parse(check.budget).metric].quality for check in failed):
                 break  # a plan at a cost's limit may miss it in the final file: then the next one has its turn
+        if certificate is None:
+            raise refused
         best = chosen if holding and not failed else None
         self.notes += certificate.statements
         result = self._write(deliveries, best)
