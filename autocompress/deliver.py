@@ -35,10 +35,14 @@ COMPARE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Delivery:
-    """A plan that could be handed out: how it was judged, and what its file was measured at, by cost key."""
+    """A plan that could be handed out: how it was judged, and what its file was measured at, by cost key.
+
+    ``ratio``: its latency over the original's, both timed in the same rounds.
+    """
 
     evaluation: Evaluation
     measured: Mapping[str, float] = field(default_factory=dict)
+    ratio: float = 1.0
 
     def value(self, key: str) -> float:
         """What was measured where it was, else what was judged or predicted."""
@@ -94,7 +98,7 @@ def timed(
     for evaluation, timing in zip(exported, timings, strict=True):
         # One scalar a round: the ratio to the original, times what the profile knows the original to take.
         ms = timing.ratio * known if known is not None else timing.ms
-        deliveries.append(Delivery(evaluation, {LOCAL: ms}))
+        deliveries.append(Delivery(evaluation, {LOCAL: ms}, timing.ratio))
     return deliveries, failures
 
 

@@ -11,6 +11,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ REACH = 3.0
 POLISH_SHARE = 12
 """One evaluation in so many is spent again after refit, climbing from the best plans."""
 RUNGS: tuple[Fidelity, ...] = ("slice", "full", "refitted")
+SLOWER = 1.03
+"""A file that takes this much longer than the original, timed in the same rounds, is slower."""
 SPARE = 0.98
 """After predictions proved too low, the search aims this much below the corrected limit."""
 
@@ -291,18 +294,18 @@ class _Run:
         inside = [d for d in deliveries if self._holds(d)] or deliveries
         chosen = sorted(inside, key=self._promise)[:RECOVERED]
         with self.stages.at("recover", f"{len(chosen)} plans"):
-            judged: list[Evaluation] = []
+            judged: list[Delivery] = []
             for i, delivery in enumerate(chosen):
                 self.round = f"plan {i + 1} of {len(chosen)}"
-                judged += self._judge([delivery.evaluation.plan], "recovered")
-            winner = min((Delivery(e) for e in judged), key=self._promise).evaluation
+                (evaluation,) = self._judge([delivery.evaluation.plan], "recovered")
+                judged.append(replace(delivery, evaluation=evaluation))
+            winner = min(judged, key=self._promise)
             self.round = "the best, longer"
             brief = self.models.steps
             self.models.steps = brief * LONGER
-            final = {e.plan: e for e in [*judged, *self._judge([winner.plan], "recovered")]}
+            (final,) = self._judge([winner.evaluation.plan], "recovered")
             self.models.steps = brief
-        measured = {d.evaluation.plan: d.measured for d in deliveries}
-        return [*deliveries, *(Delivery(e, measured[e.plan]) for e in final.values())]
+        return [*deliveries, *(d for d in judged if d is not winner), replace(winner, evaluation=final)]
 
     def _distilling(self, done: int, total: int) -> None:
         self.stages.tick(done, total, self.round)
@@ -366,14 +369,18 @@ class _Run:
     # ------------------------------------------------------------ judging
 
     def _preference(self, delivery: Delivery) -> tuple[float, ...]:
-        """The best fitness; when only quality is budgeted, the cheapest."""
+        """The best fitness; when only quality is budgeted, the cheapest. Where a budget says what quality will do, a file that is
+        slower than the original comes last: smaller is no use to whoever waits longer."""
         loss = delivery.evaluation.values["loss"]
-        return (loss,) if self.limited else (delivery.value(LOCAL), loss)
+        if not self.limited:
+            return delivery.value(LOCAL), loss
+        enough = any(METRICS[b.metric].quality for b in self.budgets)
+        return float(enough and delivery.ratio > SLOWER), loss
 
     def _promise(self, delivery: Delivery) -> tuple[float, ...]:
         """What is worth distilling: the best fitness; when only quality is budgeted, the cheapest within reach of it."""
         if self.limited:
-            return (delivery.evaluation.values["loss"],)
+            return self._preference(delivery)
         reach = [b.violation(delivery.value(b.key)) <= REACH for b in self.budgets]
         return (float(not all(reach)), *self._preference(delivery))
 
