@@ -2,7 +2,7 @@
 
 Formats stay on while training (straight-through), and batch norms keep the statistics that the refit gave them: those of a
 batch are noise that short training does not make good (ResNet-56 at half its MACs: they double the loss). The best checkpoint
-on the search split wins, the start among them: recovery never makes a plan worse by its own measure.
+on the search split wins, the running average of the weights (Polyak & Juditsky 1992) and the start among them: recovery never makes a plan worse by its own measure.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel
 
 from autocompress.deploy import deploy
 from autocompress.errors import Cancelled, TaskError
@@ -83,6 +84,7 @@ def recover(
     rate = settings.learning_rate or polyak_rate(batch_loss, parameters)
     optimizer = torch.optim.SGD(parameters, rate, settings.momentum, weight_decay=settings.weight_decay, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, settings.steps, pct_start=0.15)
+    averaged = AveragedModel(model)
     every = max(1, settings.steps // settings.checks)
     for step in range(settings.steps):
         if cancelled and cancelled():
@@ -92,10 +94,13 @@ def recover(
         nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
         schedule.step()
+        if step >= settings.steps // 4:
+            averaged.update_parameters(model)
         if (step + 1) % every == 0 or step + 1 == settings.steps:
-            found = _judge(model, task, reference)
-            if found < best_loss:
-                best, best_loss = copy.deepcopy(model), found
+            for candidate in (model, averaged.module):
+                found = _judge(candidate, task, reference)
+                if found < best_loss:
+                    best, best_loss = copy.deepcopy(candidate), found
             if progress:
                 progress(step + 1, settings.steps)
     for parameter in best.parameters():
