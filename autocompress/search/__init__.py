@@ -5,7 +5,9 @@ Knows spaces, cost tables and evaluations; never a model, never a device.
 
 from __future__ import annotations
 
+from autocompress.search.amc import Amc
 from autocompress.search.base import CONTROLLERS, BaseController
+from autocompress.search.conditional import Conditional
 from autocompress.search.evolution import Evolution
 from autocompress.search.exact import Exact
 from autocompress.search.feasible import check_feasible, lower_bounds
@@ -17,7 +19,9 @@ from autocompress.search.uniform import Uniform
 
 __all__ = [
     "CONTROLLERS",
+    "Amc",
     "BaseController",
+    "Conditional",
     "Evolution",
     "Exact",
     "ParetoFront",
