@@ -14,6 +14,7 @@ from autocompress.search.feasible import check_feasible, lower_bounds
 from autocompress.search.front import ParetoFront
 from autocompress.search.polish import Polish
 from autocompress.search.random_ import Random
+from autocompress.search.reinforce import Reinforce
 from autocompress.search.run import SearchOutcome, run
 from autocompress.search.uniform import Uniform
 
@@ -27,6 +28,7 @@ __all__ = [
     "ParetoFront",
     "Polish",
     "Random",
+    "Reinforce",
     "SearchOutcome",
     "Uniform",
     "check_feasible",

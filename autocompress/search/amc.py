@@ -44,14 +44,15 @@ class Amc(BaseController):
     widen = 1.5
     """Factor of the noise each time in a row that only known plans come out."""
     patience = 200
-    """Plans in a row that are known already: the search is over."""
+    """Plans in a row that are known already, for each target: the search is over (in small spaces five times their size)."""
     dense_error = 0.1
     """``trade`` needs an error of the original, as one that has none is never worth compressing."""
 
     def _search(self) -> Asking:
         self._prepare()
         episode, known = 0, 0
-        while known < self.patience:
+        patience = max(self.patience, 5 * min(self.space.size, self.patience)) * len(self.walls)
+        while known < patience:
             target = self._target(episode) if not known else self.rng.randrange(len(self.walls))
             plan = self._first(target) if episode == 0 and not known else self._walk(target, self._noise(episode, known))
             fresh = ("full", plan) not in self.seen

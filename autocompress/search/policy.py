@@ -128,8 +128,10 @@ class Ddpg:
         self.critic_steps.zero_grad()
         functional.mse_loss(self.critic(torch.cat([state, action], 1)), value).backward()
         self.critic_steps.step()
-        self.actor_steps.zero_grad()
-        (-self.critic(torch.cat([state, torch.sigmoid(self.actor(state))], 1)).mean()).backward()
+        weights = list(self.actor.parameters())
+        regret = -self.critic(torch.cat([state, torch.sigmoid(self.actor(state))], 1)).mean()
+        for weight, gradient in zip(weights, torch.autograd.grad(regret, weights), strict=True):
+            weight.grad = gradient  # the critic's own gradients are not needed here
         self.actor_steps.step()
         with torch.no_grad():
             targets, sources = zip(*self._averages, strict=True)

@@ -9,7 +9,8 @@ costs of whole plans, after rounding to levels, so that coupled and measured cos
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -57,10 +58,15 @@ class Choices:
         order = self.orders[site]
         return 1 - order.index(level) / (len(order) - 1) if level in order else 0.0
 
-    def uniform(self, limit: IntArray, steps: int = 64) -> Plan:
-        """The mildest plan with the same action everywhere that holds ``limit``; the most saving one if none does."""
+    def uniform(self, limit: IntArray, fixed: Mapping[int, int] = MappingProxyType({}), steps: int = 64) -> Plan:
+        """The mildest plan with the same action everywhere that holds ``limit``; the most saving one if none does.
+
+        ``fixed``: levels of sites that are decided already.
+        """
         shares = [1 - i / steps for i in range(steps + 1)]
-        plans = [tuple(o[self.at(share, s)] for s, o in enumerate(self.orders)) for share in shares]
+        plans = [
+            tuple(fixed.get(s, order[self.at(share, s)]) for s, order in enumerate(self.orders)) for share in shares
+        ]
         within = self.tables.fits(plans, limit)
         return plans[within.index(True) if any(within) else -1]
 

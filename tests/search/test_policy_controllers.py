@@ -11,3 +11,7 @@ class TestAmc(ControllerContract):
 
 class TestConditional(ControllerContract):
     name = "conditional"
+
+
+class TestReinforce(ControllerContract):
+    name = "reinforce"
