@@ -54,7 +54,9 @@ class Amc(BaseController):
         patience = max(self.patience, 5 * min(self.space.size, self.patience)) * len(self.walls)
         while known < patience:
             target = self._target(episode) if not known else self.rng.randrange(len(self.walls))
-            plan = self._first(target) if episode == 0 and not known else self._walk(target, self._noise(episode, known))
+            plan = (
+                self._first(target) if episode == 0 and not known else self._walk(target, self._noise(episode, known))
+            )
             fresh = ("full", plan) not in self.seen
             if fresh or known == 0:
                 answer = (yield from self._judge([plan], "full"))[0]
@@ -188,7 +190,5 @@ class Amc(BaseController):
 
     def _quality_miss(self, answer: Evaluation) -> float:
         """Violation of quality budgets alone."""
-        found = [
-            b.violation(answer.values.get(b.metric, math.nan)) for b in self.budgets if METRICS[b.metric].quality
-        ]
+        found = [b.violation(answer.values.get(b.metric, math.nan)) for b in self.budgets if METRICS[b.metric].quality]
         return min(sum(found), 1e9)

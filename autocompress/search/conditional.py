@@ -1,8 +1,9 @@
 """``conditional``: one policy for every budget (CACP, conditional automated channel pruning, Liu et al. 2020).
 
-AMC's agent with the target in its state. Each episode has another target on the way from dense to the budgets, so the policy learns
-all of them at once, and what one target teaches helps the next. Now and then it is asked for a plan of each target, without noise;
-with quality budgets alone also for the target half-way between the cheapest plan that holds them and the next cheaper one that does not.
+AMC's agent with the target in its state. Each episode has another target on the way from dense to the budgets, so the policy
+learns all of them at once, and what one target teaches helps the next. Now and then it is asked for a plan of each target,
+without noise; with quality budgets alone also for the target half-way between the cheapest plan that holds them and the next
+cheaper one that does not.
 """
 
 from __future__ import annotations

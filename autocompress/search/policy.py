@@ -141,11 +141,12 @@ class Ddpg:
 class Recurrent:
     """A recurrent policy over a sequence of sites (N2N learning, Ashok et al. 2018), trained by REINFORCE.
 
-    ``autoregressive``: a two-layer LSTM that also reads the last action (N2N's shrinkage); otherwise a bidirectional one that sees
-    the whole network at once (N2N's removal). Hidden size 30, Adam 0.003: N2N's. The baseline is a moving average of rewards.
+    ``autoregressive``: a two-layer LSTM that also reads the last action (N2N's shrinkage); otherwise a bidirectional one that
+    sees the whole network at once (N2N's removal). Two layers of 30 are N2N's; Adam 0.01 lies between its 0.003 and 0.1. The baseline
+    is a moving average of rewards.
     """
 
-    hidden, layers, rate, average = 30, 2, 3e-3, 0.8
+    hidden, layers, rate, average = 30, 2, 1e-2, 0.8
 
     def __init__(self, n_features: int, n_actions: int, autoregressive: bool, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -184,20 +185,26 @@ class Recurrent:
             return [[int(a[k]) for a in actions] for k in range(n)]
 
     def reinforce(
-        self, sites: FloatArray, prior: FloatArray, sequences: Sequence[Sequence[int]], rewards: Sequence[float]
+        self,
+        sites: FloatArray,
+        prior: FloatArray,
+        sequences: Sequence[Sequence[int]],
+        rewards: Sequence[float],
+        updates: int = 1,
     ) -> None:
-        """One step along the gradient of the log-probability, times each reward above the baseline (Williams 1992)."""
+        """Steps along the gradient of the log-probability, times each reward above the baseline (Williams 1992)."""
         mean = float(np.mean(rewards))
         baseline = mean if math.isnan(self.baseline) else self.baseline
         self.baseline = self.average * baseline + (1 - self.average) * mean
         with one_thread():
             actions = torch.tensor(sequences)  # (n, n_sites)
             gain = torch.tensor(rewards, dtype=torch.float32) - baseline
-            logits = self._logits(_tensor(sites), actions) + _tensor(prior)
-            chosen = functional.log_softmax(logits, -1).gather(-1, actions[..., None])[..., 0].sum(1)
-            self.steps.zero_grad()
-            (-(gain * chosen).mean()).backward()
-            self.steps.step()
+            for _ in range(updates):
+                logits = self._logits(_tensor(sites), actions) + _tensor(prior)
+                chosen = functional.log_softmax(logits, -1).gather(-1, actions[..., None])[..., 0].sum(1)
+                self.steps.zero_grad()
+                (-(gain * chosen).mean()).backward()
+                self.steps.step()
 
     def _logits(self, rows: Tensor, actions: Tensor) -> Tensor:
         """# (n, n_sites, n_actions)"""

@@ -1,12 +1,14 @@
 """``reinforce``: recurrent policies remove blocks, then shrink what is left (N2N learning, Ashok et al. 2018).
 
-Stage 1: a bidirectional LSTM reads all sites and keeps or drops each block. Stage 2: an autoregressive LSTM chooses a shrink factor for
-each other site, reading the last one. Both learn by REINFORCE from ``R = C (2 - C) * quality``, where C is the share of the cost
-that is saved; -1 for a plan that is invalid: over a limit (known from the tables, so nothing is paid), broken, or over a quality budget.
+Stage 1: a bidirectional LSTM reads all blocks and keeps or drops each. Stage 2: an autoregressive LSTM chooses a shrink factor
+for each other site, reading the last one. Both learn by REINFORCE from ``R = C (2 - C) * quality``, where C is the share of the
+cost that is saved; -1 for a plan that is invalid: over a limit (known from the tables, so nothing is paid), broken, or over a
+quality budget.
 
 Unlike N2N's release each rollout is credited with its own reward, not with its batch's mean; a budget on costs caps C, as saving
-more than was asked earns nothing; and no plan is paid twice. The policies read sites in numbers that mean the same in every
-space, so that one trained on a small network starts the search of a large one: ``policy_state()``, ``load_policy()``.
+more than was asked earns nothing, and a plan below it is filled up, with what was executed learnt; no plan is paid twice; each
+round of rollouts is used for several steps. The policies read sites in numbers that mean the same in every space, so that one
+trained on a small network starts the search of a large one: ``policy_state()``, ``load_policy()``.
 """
 
 from __future__ import annotations
@@ -37,8 +39,10 @@ class Reinforce(BaseController):
 
     rollouts = 5
     """Plans judged between two updates, as in N2N."""
-    draws = 32
+    draws = 16
     """Sequences drawn for them: the invalid and known ones among these teach too, and cost nothing."""
+    updates = 4
+    """Gradient steps a round; N2N takes one, in searches of thousands of rollouts."""
     factors = 11
     removal_rounds = 4
     drop_chance = 0.25
@@ -102,9 +106,9 @@ class Reinforce(BaseController):
         for name, policy in self._policies.items():
             if self._given is not None:
                 policy.load(self._given[name])
-        self.wall = Wall(self.choices, self.limits.limit, fill=False)
-        dense = np.maximum(self.choices.dense_cost, 1)
         self.free = bool((self.choices.dense_cost <= self.limits.limit).all())
+        self.wall = Wall(self.choices, self.limits.limit, fill=not self.free)
+        dense = np.maximum(self.choices.dense_cost, 1)
         self.most_saved = 1.0 if self.free else 1 - float(np.minimum(self.wall.limit / dense, 1).mean())
         self.scale: float | None = None
 
@@ -169,11 +173,14 @@ class Reinforce(BaseController):
         plans = [decode(actions) for actions in drawn]
         fits = self.tables.fits(plans, self.wall.limit)
         if sites and not any(fits):  # a tight budget: what was drawn is moved inside
-            plans[0] = self._inside(plans[0])
-            drawn[0] = [round(self._factor(s, plans[0][s]) * (self.factors - 1)) for s in sites]
-            fits[0] = True
+            plans[0], fits[0] = self._inside(plans[0]), True
+        if sites and self.wall.fill:
+            plans = [self.wall.filled(plan) if ok else plan for plan, ok in zip(plans, fits, strict=True)]
+        for i in range(len(plans)):
+            if fits[i] and sites:  # the executed actions, as in AMC
+                drawn[i] = [round(self._factor(s, plans[i][s]) * (self.factors - 1)) for s in sites]
         first = {plan: i for i, plan in reversed(list(enumerate(plans)))}
-        inside = [i for plan, i in sorted(first.items(), key=lambda item: item[1]) if fits[i]]
+        inside = sorted(i for plan, i in first.items() if fits[i])
         new = [i for i in inside if ("full", plans[i]) not in self.seen][: self.rollouts]
         old = [i for i in inside if ("full", plans[i]) in self.seen][: self.rollouts]
         bad = [i for i in range(len(plans)) if not fits[i]][: self.rollouts]
@@ -183,7 +190,7 @@ class Reinforce(BaseController):
             self.scale = max(median(excess), 1e-12) if excess else None
         rewards = [self._reward(e) for e in answers] + [-1.0] * len(bad)
         if rewards:
-            policy.reinforce(rows, prior, [drawn[i] for i in new + old + bad], rewards)
+            policy.reinforce(rows, prior, [drawn[i] for i in new + old + bad], rewards, self.updates)
         return rewards
 
     def _inside(self, plan: Plan) -> Plan:

@@ -32,7 +32,14 @@ class States:
         self.choices = choices
         sites = [choices.space.sites[s] for s in choices.sites]
         fixed = [
-            [float(i), float(KINDS.index(site.kind)), *_sizes(site), float(site.macs), float(site.params), choices.most[s]]
+            [
+                float(i),
+                float(KINDS.index(site.kind)),
+                *_sizes(site),
+                float(site.macs),
+                float(site.params),
+                choices.most[s],
+            ]
             for i, (s, site) in enumerate(zip(choices.sites, sites, strict=True))
         ]
         table = np.array(fixed, float).reshape(len(sites), 8)

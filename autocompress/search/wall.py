@@ -1,9 +1,9 @@
 """The action wall of AMC (He et al. 2018), for any number of limits on any costs of the tables.
 
-A plan is decided site by site. At each site only the levels are allowed from which the limits can still be held; and of those, not
-the ones that save more than is needed when a milder level of the same methods would do with everything after it dense. The first
-half is AMC's; the second keeps plans from spending less than the budget, which AMC's release does. Both look at the true
-costs of whole plans, after rounding to levels, so that coupled and measured costs need no special case.
+A plan is decided site by site. At each site only the levels are allowed from which the limits can still be held; and of those,
+not the ones that save more than is needed when a milder level of the same methods would do with everything after it dense. The
+first half is AMC's; the second keeps plans from spending less than the budget, as those of AMC's release do. Both look at the
+true costs of whole plans, after rounding to levels, so that coupled and measured costs need no special case.
 """
 
 from __future__ import annotations
