@@ -142,8 +142,8 @@ class Recurrent:
     """A recurrent policy over a sequence of sites (N2N learning, Ashok et al. 2018), trained by REINFORCE.
 
     ``autoregressive``: a two-layer LSTM that also reads the last action (N2N's shrinkage); otherwise a bidirectional one that
-    sees the whole network at once (N2N's removal). Two layers of 30 are N2N's; Adam 0.01 lies between its 0.003 and 0.1. The baseline
-    is a moving average of rewards.
+    sees the whole network at once (N2N's removal). Two layers of 30 are N2N's; Adam 0.01 lies between its 0.003
+    and 0.1. The baseline is a moving average of rewards.
     """
 
     hidden, layers, rate, average = 30, 2, 1e-2, 0.8

@@ -2,8 +2,8 @@
 
 Stage 1: a bidirectional LSTM reads all blocks and keeps or drops each. Stage 2: an autoregressive LSTM chooses a shrink factor
 for each other site, reading the last one. Both learn by REINFORCE from ``R = C (2 - C) * quality``, where C is the share of the
-cost that is saved; -1 for a plan that is invalid: over a limit (known from the tables, so nothing is paid), broken, or over a
-quality budget.
+cost that is saved; -1 for a plan that is invalid: broken, over a quality budget, or over a limit on a cost. The last is known
+from the tables, so nothing is paid for it; it teaches while few plans fit, later it would drown what rewards say.
 
 Unlike N2N's release each rollout is credited with its own reward, not with its batch's mean; a budget on costs caps C, as saving
 more than was asked earns nothing, and a plan below it is filled up, with what was executed learnt; no plan is paid twice; each
@@ -41,7 +41,7 @@ class Reinforce(BaseController):
     """Plans judged between two updates, as in N2N."""
     draws = 16
     """Sequences drawn for them: the invalid and known ones among these teach too, and cost nothing."""
-    updates = 4
+    updates = 8
     """Gradient steps a round; N2N takes one, in searches of thousands of rollouts."""
     factors = 11
     removal_rounds = 4
@@ -183,7 +183,7 @@ class Reinforce(BaseController):
         inside = sorted(i for plan, i in first.items() if fits[i])
         new = [i for i in inside if ("full", plans[i]) not in self.seen][: self.rollouts]
         old = [i for i in inside if ("full", plans[i]) in self.seen][: self.rollouts]
-        bad = [i for i in range(len(plans)) if not fits[i]][: self.rollouts]
+        bad = [i for i in range(len(plans)) if not fits[i]] if len(inside) < self.rollouts else []
         answers = yield from self._judge([plans[i] for i in new + old], "full")
         if self.scale is None:
             excess = [fitness(e) - self.dense_loss for e in answers if math.isfinite(fitness(e))]
