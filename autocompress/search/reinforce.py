@@ -39,10 +39,10 @@ class Reinforce(BaseController):
 
     rollouts = 5
     """Plans judged between two updates, as in N2N."""
-    draws = 16
+    draws = 32
     """Sequences drawn for them: the invalid and known ones among these teach too, and cost nothing."""
     updates = 8
-    """Gradient steps a round; N2N takes one, in searches of thousands of rollouts."""
+    """Gradient steps a round; N2N takes one, and trains a network for each rollout."""
     factors = 11
     removal_rounds = 4
     drop_chance = 0.25
@@ -175,7 +175,7 @@ class Reinforce(BaseController):
         if sites and not any(fits):  # a tight budget: what was drawn is moved inside
             plans[0], fits[0] = self._inside(plans[0]), True
         if sites and self.wall.fill:
-            plans = [self.wall.filled(plan) if ok else plan for plan, ok in zip(plans, fits, strict=True)]
+            plans = [self.wall.filled(plan, sites) if ok else plan for plan, ok in zip(plans, fits, strict=True)]
         for i in range(len(plans)):
             if fits[i] and sites:  # the executed actions, as in AMC
                 drawn[i] = [round(self._factor(s, plans[i][s]) * (self.factors - 1)) for s in sites]
@@ -200,7 +200,7 @@ class Reinforce(BaseController):
             site = self.choices.sites[walk.step]
             order = self.choices.orders[site]
             walk.take(nearest(order, order.index(plan[site]), walk.allowed()))
-        return walk.plan()
+        return walk.witness
 
     def _reward(self, answer: Evaluation) -> float:
         """N2N's ``C (2 - C) * quality``; quality is 1 for the original and one half at the first plans' median loss."""

@@ -101,8 +101,8 @@ class Wall:
         fits = self.choices.tables.fits(plans, self.limit)
         return list(dict.fromkeys(plan for plan, ok in zip(plans, fits, strict=True) if ok))
 
-    def filled(self, plan: Plan) -> Plan:
-        """Milder levels wherever they still fit, the ones that use most of what is left first."""
+    def filled(self, plan: Plan, sites: Sequence[int] | None = None) -> Plan:
+        """Milder levels wherever they still fit, the ones that use most of what is left first; only at ``sites``, if given."""
         tables, choices = self.choices.tables, self.choices
         unit = np.maximum(np.minimum(self.limit, choices.dense_cost), 1)
         for _ in range(tables.n_options):
@@ -110,7 +110,7 @@ class Wall:
             delta = tables.deltas(plan)
             options = [
                 int(tables.offsets[s]) + level
-                for s in choices.sites
+                for s in (choices.sites if sites is None else sites)
                 for level in choices.milder[s].get(plan[s], ())
                 if (delta[tables.offsets[s] + level] <= room).all()
             ]
