@@ -5,24 +5,30 @@ Knows spaces, cost tables and evaluations; never a model, never a device.
 
 from __future__ import annotations
 
+from autocompress.search.amc import Amc
 from autocompress.search.base import CONTROLLERS, BaseController
+from autocompress.search.conditional import Conditional
 from autocompress.search.evolution import Evolution
 from autocompress.search.exact import Exact
 from autocompress.search.feasible import check_feasible, lower_bounds
 from autocompress.search.front import ParetoFront
 from autocompress.search.polish import Polish
 from autocompress.search.random_ import Random
+from autocompress.search.reinforce import Reinforce
 from autocompress.search.run import SearchOutcome, run
 from autocompress.search.uniform import Uniform
 
 __all__ = [
     "CONTROLLERS",
+    "Amc",
     "BaseController",
+    "Conditional",
     "Evolution",
     "Exact",
     "ParetoFront",
     "Polish",
     "Random",
+    "Reinforce",
     "SearchOutcome",
     "Uniform",
     "check_feasible",

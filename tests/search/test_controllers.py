@@ -31,7 +31,7 @@ class TestEvolution(ControllerContract):
 
 
 def test_names() -> None:
-    assert list(CONTROLLERS) == ["evolution", "exact", "random", "uniform"]
+    assert list(CONTROLLERS) == ["amc", "conditional", "evolution", "exact", "random", "reinforce", "uniform"]
     with pytest.raises(UnknownName, match="Did you mean 'evolution'"):
         CONTROLLERS["evolutoin"]
 
