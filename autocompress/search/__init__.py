@@ -6,10 +6,13 @@ Knows spaces, cost tables and evaluations; never a model, never a device.
 from __future__ import annotations
 
 from autocompress.search.base import CONTROLLERS, BaseController
+from autocompress.search.bayes import Bayes
 from autocompress.search.evolution import Evolution
 from autocompress.search.exact import Exact
 from autocompress.search.feasible import check_feasible, lower_bounds
 from autocompress.search.front import ParetoFront
+from autocompress.search.genetic import Genetic
+from autocompress.search.greedy import Greedy
 from autocompress.search.polish import Polish
 from autocompress.search.random_ import Random
 from autocompress.search.run import SearchOutcome, run
@@ -18,8 +21,11 @@ from autocompress.search.uniform import Uniform
 __all__ = [
     "CONTROLLERS",
     "BaseController",
+    "Bayes",
     "Evolution",
     "Exact",
+    "Genetic",
+    "Greedy",
     "ParetoFront",
     "Polish",
     "Random",
