@@ -8,7 +8,7 @@ proposed twice; one whose loss is not a number is a pruned trial.
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -24,7 +24,7 @@ from autocompress.search.tables import all_plans, switch
 from autocompress.types import METRICS, Budget, Costs, Evaluation, Plan, SearchSpace, digest
 
 if TYPE_CHECKING:
-    from autocompress.search.study import PlanStudy, Trial
+    from optuna.trial import Trial
 
 PENALTY = 100.0
 """What a violation of 1 adds to the objective of a sampler that knows no constraints."""
@@ -64,32 +64,32 @@ class Optuna(TableSearch):
         self.goal = self.limits.limit if self.quality_only else self.targets[0]
         self.prior = self.one_site.losses()
         self.pool = self._tiny() if self.space.size <= TINY else None
-        self.pending: set[Plan] = set()
         key = digest([self.space.hash, [str(budget) for budget in self.budgets]])
         name = f"{self.sampler}-{key}-seed{self.seed}"
-        study = PlanStudy(
-            self.sampler, self.rng.getrandbits(32), self.parameters, self._finish, self._objectives(), name, self.storage
-        )
+        self.trials: dict[Plan, Trial] = {}  # those asked and not told
+        seed, objectives = self.rng.getrandbits(32), self._objectives()
+        self.study = PlanStudy(self.sampler, seed, self.parameters, self._finish, objectives, name, self.storage)
         starts = self._starts()
-        while asked := self._group_of(study, starts):
-            answers = yield from self._judge([plan for _, plan in asked], "full")
-            for (trial, _), evaluation in zip(asked, answers, strict=True):
-                self._tell(study, trial, evaluation)
+        while plans := self._group_of(starts):
+            yield from self._judge(plans, "full")
 
-    def _group_of(self, study: PlanStudy, starts: list[Plan]) -> list[tuple[Trial, Plan]]:
+    def tell(self, evaluations: Sequence[Evaluation]) -> None:
+        """As for any controller; the study has the answers at once."""
+        super().tell(evaluations)
+        for evaluation in evaluations:
+            self._record(self.trials.pop(evaluation.plan), evaluation)
+
+    def _group_of(self, starts: list[Plan]) -> list[Plan]:
         """The next proposals; none when there is nothing left that was not judged."""
-        asked: list[tuple[Trial, Plan]] = []
-        self.pending = set()
-        while len(asked) < self.group:
+        for _ in range(self.group):
             if self.pool is not None and all(map(self._known, self.pool)):
                 break
-            trial, plan = study.ask(starts.pop(0) if starts else None)
+            trial, plan = self.study.ask(starts.pop(0) if starts else None)
             if self._known(plan):
-                study.drop(trial)
+                self.study.drop(trial)
                 break
-            self.pending.add(plan)
-            asked.append((trial, plan))
-        return asked
+            self.trials[plan] = trial
+        return list(self.trials)
 
     def _starts(self) -> list[Plan]:
         """What the prior thinks best for the limits; for several objectives or quality alone, along the whole cost axis."""
@@ -100,7 +100,7 @@ class Optuna(TableSearch):
     # ------------------------------------------------------------ proposals
 
     def _known(self, plan: Plan) -> bool:
-        return plan in self.pending or ("full", plan) in self.seen
+        return plan in self.trials or ("full", plan) in self.seen
 
     def _tiny(self) -> list[Plan]:
         """All plans within the limits; all plans when none are."""
@@ -151,20 +151,16 @@ class Optuna(TableSearch):
         """One number an objective, all finite."""
         return [self._share(evaluation.plan) if self.quality_only else fitness(evaluation)]
 
-    def _tell(self, study: PlanStudy, trial: Trial, evaluation: Evaluation) -> None:
+    def _record(self, trial: Trial, evaluation: Evaluation) -> None:
         judged = [b for b in self.budgets if self.costs_constrain or METRICS[b.metric].quality]
         constraints = {str(budget): _signed(budget, evaluation[budget.key]) for budget in judged}
         whole = np.isfinite([fitness(evaluation), *constraints.values()]).all()
         values = self._values(evaluation) if whole else None
         if values is not None and not self.knows_constraints:
             values[0] += PENALTY * evaluation.violation
-        notes = {
-            "plan": self.space.describe(evaluation.plan),
-            **evaluation.values,
-            **evaluation.costs,
-            "seconds": evaluation.seconds,
-        }
-        study.tell(trial, values, constraints if whole else {}, notes)
+        numbers = {**evaluation.values, **evaluation.costs, "seconds": evaluation.seconds}
+        notes = {"plan": self.space.describe(evaluation.plan), **{k: v for k, v in numbers.items() if math.isfinite(v)}}
+        self.study.tell(trial, values, constraints if whole else {}, notes)
 
 
 def _signed(budget: Budget, value: float) -> float:

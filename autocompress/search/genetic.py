@@ -1,4 +1,4 @@
-"""``genetic``: the plan of the largest capacity at a size, by a genetic algorithm that judges nothing (Compressor, Shi et al. 2022).
+"""``genetic``: the largest capacity at a size, found without judging anything (Compressor, Shi et al. 2022).
 
 Capacity stands in for quality: the fitness of a plan is its MACs minus its distance to the target, both read from cost tables.
 So a target takes a second and no evaluation; the winners are judged at ``full``, and distillation does the rest. The published
@@ -19,7 +19,7 @@ from autocompress.search.tables import FloatArray
 from autocompress.types import IntArray, Plan
 
 CAPACITY = ("macs", "params")
-"""Costs that stand for capacity, the first unbudgeted one is taken; else any unbudgeted cost, else the budgeted ones themselves."""
+"""What stands for capacity: the first of these without a budget, else any cost without one, else the budgeted costs."""
 
 
 @CONTROLLERS.register("genetic")
@@ -40,7 +40,7 @@ class Genetic(TableSearch):
     def _search(self) -> Asking:
         self._prepare()
         self.prior = self.one_site.losses()  # nothing is measured: only for repairing what misses a target
-        self.capacity = self._capacity()
+        self.columns = self.capacity()
         self._runs: dict[tuple[int, ...], list[Plan]] = {}
         yield from self._ask_targets(self.prior, range(len(self.targets)))
         yield from self._bisect(self.prior)
@@ -56,7 +56,7 @@ class Genetic(TableSearch):
     def _within(self, losses: FloatArray, limit: IntArray, *starts: Plan) -> Plan | None:
         return self._ranked(limit, 0)
 
-    def _capacity(self) -> list[int]:
+    def capacity(self) -> list[int]:
         """Columns of ``costs.keys`` that are summed, as shares of the dense ones."""
         budgeted = set(self.limits.keys) if self.limits.limited else set()
         others = [key for key in (*CAPACITY, *self.costs.keys) if key in self.costs.keys and key not in budgeted]
@@ -78,7 +78,7 @@ class Genetic(TableSearch):
         target = np.minimum(limit, unit)
         distance = (np.abs(size - target) / unit).mean(axis=1)
         over = (size > limit).any(axis=1)
-        capacity = (costs[:, self.capacity] / dense[self.capacity]).mean(axis=1)
+        capacity = (costs[:, self.columns] / dense[self.columns]).mean(axis=1)
         fitness: FloatArray = capacity - distance - np.where(over, 2.0, 0.0)
         return fitness
 

@@ -1,6 +1,7 @@
 """An Optuna study over plans: parameters for sites, samplers whose proposals are finished into plans, a file for dashboards.
 
-The only module that imports Optuna (its GP sampler imports torch, its CMA-ES ``cmaes``); ``bayes`` imports it when a search begins.
+The only module that imports Optuna, and itself imported when a search begins. Optuna imports torch for its GP sampler and
+``cmaes`` for CMA-ES, each when first used.
 """
 
 from __future__ import annotations
@@ -100,7 +101,9 @@ class Finished(BaseSampler):
     ) -> dict[str, Any]:
         with _quiet():
             inferred = self.inner.infer_relative_search_space(study, trial)
-            params = self.inner.sample_relative(study, trial, inferred)  # also where a plan is given: it keeps its books
+            params = self.inner.sample_relative(
+                study, trial, inferred
+            )  # also where a plan is given: it keeps its books
             if self.given is None:
                 missing = {name: d for name, d in search_space.items() if name not in params}
                 independent = self.inner.sample_independent
@@ -116,9 +119,7 @@ class Finished(BaseSampler):
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         self.inner.before_trial(study, trial)
 
-    def after_trial(
-        self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
-    ) -> None:
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         with _quiet():  # CMA-ES says that it does not look at constraints
             self.inner.after_trial(study, trial, state, values)
 
