@@ -108,7 +108,9 @@ def test_no_evaluation_is_spent_over_a_limit(name: str) -> None:
     costs, budgets, evaluator = problem(share=0.2)
     controller = CONTROLLERS[name](LARGE, costs, budgets, 0)
     front = searched(controller, evaluator, 60)
-    spread = 5 if "nsga" in name else 0  # solutions between dense and the budget, so that there is a front on both sides
+    spread = (
+        5 if "nsga" in name else 0
+    )  # solutions between dense and the budget, so that there is a front on both sides
     assert sum(e.violation > 0 for e in front.evaluations("full")) <= spread
 
 
