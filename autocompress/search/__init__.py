@@ -8,10 +8,13 @@ from __future__ import annotations
 from autocompress.search.amc import Amc
 from autocompress.search.base import CONTROLLERS, BaseController
 from autocompress.search.conditional import Conditional
+from autocompress.search.bayes import Bayes
 from autocompress.search.evolution import Evolution
 from autocompress.search.exact import Exact
 from autocompress.search.feasible import check_feasible, lower_bounds
 from autocompress.search.front import ParetoFront
+from autocompress.search.genetic import Genetic
+from autocompress.search.greedy import Greedy
 from autocompress.search.polish import Polish
 from autocompress.search.random_ import Random
 from autocompress.search.reinforce import Reinforce
@@ -23,8 +26,11 @@ __all__ = [
     "Amc",
     "BaseController",
     "Conditional",
+    "Bayes",
     "Evolution",
     "Exact",
+    "Genetic",
+    "Greedy",
     "ParetoFront",
     "Polish",
     "Random",
