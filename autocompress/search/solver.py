@@ -1,6 +1,6 @@
 """The table model, solved: the plan with the least sum of one-site losses that holds every cost limit.
 
-A multiple-choice knapsack with one row a budget (SPDY, Frantar & Alistarh 2022, solves one row by dynamic programming). Costs
+A multiple-choice knapsack with one row a budget, and ``knapsack`` solves it where costs add up over sites. Costs
 that depend on several sites get joint variables tied to their sites' by marginal constraints, which is exact; where the tables
 are too large for that, switches are linearised around a plan and the result is repaired and polished with the true costs.
 Wall time decides nothing: the effort is limited in branch-and-bound nodes.
@@ -21,6 +21,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix, vstack
 
+from autocompress.search import knapsack
 from autocompress.search.tables import UNLIMITED, CostTables, FloatArray, switch
 from autocompress.types import IntArray, Plan
 
@@ -37,11 +38,17 @@ _SAFETY_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Solution:
-    """``exact``: proved optimal for the table model, within ``GAP``."""
+    """``exact``: proved optimal for the table model, within ``GAP``; ``bound``: no plan within the limits loses less."""
 
     plan: Plan
     loss: float
     exact: bool
+    bound: float = -math.inf
+
+    @property
+    def gap(self) -> float:
+        """How far the loss is from the bound, relative to the loss; infinite when nothing was proved."""
+        return max(0.0, self.loss - self.bound) / max(abs(self.loss), 1e-30)
 
 
 @dataclass(frozen=True, eq=False)
@@ -318,11 +325,34 @@ class Solver:
         ``losses``  # (n_options,), ``limit``  # (n_columns,) in integer base units. ``quick`` is less exact.
         """
         gap = 1e-3 if quick else GAP
+        if self.exact_program is not None and not self.exact_program.joints:
+            found = self._additive(self.exact_program, losses, limit, starts, gap, quick)
+            if found is not None:
+                return found
         if self.exact_program is not None and not (quick and self.exact_program.size > QUICK_TOTAL):
             found = self._exact(self.exact_program, losses, limit, gap)
             if found is not None:
                 return found
         return self._heuristic(losses, limit, starts, gap)
+
+    def _additive(
+        self,
+        costs: Program,
+        losses: FloatArray,
+        limit: IntArray,
+        starts: Sequence[Plan],
+        gap: float,
+        quick: bool,
+    ) -> Solution | None:
+        """Costs that add up over sites: a knapsack. ``None`` when it found nothing, or nothing proved where that is asked."""
+        columns = np.flatnonzero(limit < UNLIMITED)
+        rows = np.rint(costs.linear[:, columns]).astype(np.int64)
+        room = limit[columns] - np.rint(costs.constant[columns]).astype(np.int64)
+        problem = knapsack.Knapsack(losses, rows, room, self.tables.offsets)
+        found = knapsack.solve(problem, starts, gap, prove=not quick)
+        if found.plan is None or not (found.proved or quick):
+            return None
+        return Solution(found.plan, found.loss, found.proved, found.bound)
 
     def _exact(self, costs: Program, losses: FloatArray, limit: IntArray, gap: float) -> Solution | None:
         """Exact up to the gap; a plan over a limit by the solver's tolerance is excluded by tightening that limit."""
@@ -333,7 +363,7 @@ class Solver:
                 return None
             cost = self.tables.cost([answer.plan])[0]
             if holds(cost, limit):
-                return Solution(answer.plan, self._loss(losses, answer.plan), answer.optimal)
+                return Solution(answer.plan, self._loss(losses, answer.plan), answer.optimal, answer.bound)
             asked = np.where(cost > limit, asked - 2 * (cost - limit), asked)
         return None
 
