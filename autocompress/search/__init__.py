@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from autocompress.search.base import CONTROLLERS, BaseController
 from autocompress.search.evolution import Evolution
+from autocompress.search.evopress import EvoPress
 from autocompress.search.exact import Exact
 from autocompress.search.feasible import check_feasible, lower_bounds
 from autocompress.search.front import ParetoFront
@@ -18,6 +19,7 @@ from autocompress.search.uniform import Uniform
 __all__ = [
     "CONTROLLERS",
     "BaseController",
+    "EvoPress",
     "Evolution",
     "Exact",
     "ParetoFront",
