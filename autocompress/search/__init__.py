@@ -5,6 +5,7 @@ Knows spaces, cost tables and evaluations; never a model, never a device.
 
 from __future__ import annotations
 
+from autocompress.search.alds import Alds
 from autocompress.search.base import CONTROLLERS, BaseController
 from autocompress.search.evolution import Evolution
 from autocompress.search.evopress import EvoPress
@@ -14,10 +15,12 @@ from autocompress.search.front import ParetoFront
 from autocompress.search.polish import Polish
 from autocompress.search.random_ import Random
 from autocompress.search.run import SearchOutcome, run
+from autocompress.search.spdy import Spdy
 from autocompress.search.uniform import Uniform
 
 __all__ = [
     "CONTROLLERS",
+    "Alds",
     "BaseController",
     "EvoPress",
     "Evolution",
@@ -26,6 +29,7 @@ __all__ = [
     "Polish",
     "Random",
     "SearchOutcome",
+    "Spdy",
     "Uniform",
     "check_feasible",
     "lower_bounds",

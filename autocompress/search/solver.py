@@ -335,6 +335,46 @@ class Solver:
                 return found
         return self._heuristic(losses, limit, starts, gap)
 
+    def minimax(self, losses: FloatArray, limit: IntArray, starts: Sequence[Plan] = ()) -> Solution | None:
+        """The plan whose largest one-site loss is least within ``limit``, among such plans one with the least sum (ALDS's aim).
+
+        One common level is bisected over the losses that occur. ``loss`` is the largest one-site loss, above dense. Exact
+        (``exact``) where costs add up over sites; elsewhere plans are looked for by repair, and a smaller level may exist.
+        """
+        rises = losses - losses[self.tables.offsets[:-1]][self.tables.site_of]
+        additive = self.exact_program is not None and not self.exact_program.joints
+        marks = np.unique(np.maximum(rises, 0.0))
+        best: Plan | None = None
+        low, high = 0, len(marks) - 1
+        while low <= high:
+            middle = (low + high) // 2
+            plan = self._allowed(rises, float(marks[middle]), limit, [best] if best else starts, additive)
+            best, low, high = (best, middle + 1, high) if plan is None else (plan, low, middle - 1)
+        if best is None:
+            return None
+        level = float(marks[low])
+        return Solution(best, level, additive, level if additive else 0.0)
+
+    def _allowed(
+        self, rises: FloatArray, level: float, limit: IntArray, starts: Sequence[Plan], additive: bool
+    ) -> Plan | None:
+        """A plan within the limit that takes no option whose loss is above the level; of low loss."""
+        allowed = rises <= level
+        barred = np.where(allowed, rises, 10.0 * (np.abs(rises).max(initial=0.0) + 1.0) * (len(self.tables.n_levels) + 1))
+        if additive:
+            found = self.solve(barred, limit, quick=True)
+            plan = None if found is None else found.plan
+        else:
+            plan = None
+            for start in [*starts, (0,) * len(self.tables.n_levels), self.tables.cheapest(1 / np.maximum(limit, 1))]:
+                clean = tuple(v if a else 0 for v, a in zip(start, allowed[self.tables.current(start)], strict=True))
+                plan = repair(self.tables, barred, clean, limit)
+                if holds(self.tables.cost([plan])[0], limit) and allowed[self.tables.current(plan)].all():
+                    break
+        if plan is None or not holds(self.tables.cost([plan])[0], limit):
+            return None
+        return plan if allowed[self.tables.current(plan)].all() else None
+
     def _additive(
         self,
         costs: Program,
