@@ -30,9 +30,21 @@ class Dual(Generic[P]):
     seen: tuple[P, ...]
 
 
-def dual(oracle: Oracle[P], n_budgets: int, cap: float, tolerance: float = 1e-6, rounds: int = 200) -> Dual[P]:
-    """The best bound, up to ``tolerance`` relative; ``cap`` limits a price, so that impossible budgets end too."""
-    prices, best, at = np.zeros(n_budgets), -np.inf, np.zeros(n_budgets)
+def dual(
+    oracle: Oracle[P],
+    n_budgets: int,
+    cap: float,
+    tolerance: float = 1e-6,
+    rounds: int = 200,
+    start: FloatArray | None = None,
+    enough: float = np.inf,
+) -> Dual[P]:
+    """The best bound, up to ``tolerance`` relative, from the prices ``start`` on; a bound of ``enough`` ends it.
+
+    ``cap`` limits a price, so that impossible budgets end too.
+    """
+    prices = np.zeros(n_budgets) if start is None else start
+    best, at = -np.inf, prices
     slopes: list[FloatArray] = []
     losses: list[float] = []
     seen: list[P] = []
@@ -42,7 +54,7 @@ def dual(oracle: Oracle[P], n_budgets: int, cap: float, tolerance: float = 1e-6,
         value = loss + float(prices @ excess)
         if value > best:
             best, at = value, prices
-        if plan in seen:  # the model is exact here: no other cut can come
+        if best >= enough or plan in seen:  # seen: the cuts are exact here, no other can come
             break
         seen.append(plan)
         slopes.append(np.append(-excess, 1.0))

@@ -346,9 +346,11 @@ class Solver:
         marks = np.unique(np.maximum(rises, 0.0))
         best: Plan | None = None
         low, high = 0, len(marks) - 1
+        if not additive:
+            starts = [*starts, (0,) * len(self.tables.n_levels), self.tables.cheapest(1 / np.maximum(limit, 1))]
         while low <= high:
             middle = (low + high) // 2
-            plan = self._allowed(rises, float(marks[middle]), limit, [best] if best else starts, additive)
+            plan = self._allowed(rises, float(marks[middle]), limit, starts, additive)
             best, low, high = (best, middle + 1, high) if plan is None else (plan, low, middle - 1)
         if best is None:
             return None
@@ -366,7 +368,7 @@ class Solver:
             plan = None if found is None else found.plan
         else:
             plan = None
-            for start in [*starts, (0,) * len(self.tables.n_levels), self.tables.cheapest(1 / np.maximum(limit, 1))]:
+            for start in dict.fromkeys(starts):
                 clean = tuple(v if a else 0 for v, a in zip(start, allowed[self.tables.current(start)], strict=True))
                 plan = repair(self.tables, barred, clean, limit)
                 if holds(self.tables.cost([plan])[0], limit) and allowed[self.tables.current(plan)].all():
@@ -391,6 +393,8 @@ class Solver:
         problem = knapsack.Knapsack(losses, rows, room, self.tables.offsets)
         found = knapsack.solve(problem, starts, gap, prove=not quick)
         if found.plan is None or not (found.proved or quick):
+            return None
+        if not holds(self.tables.cost([found.plan])[0], limit):  # a cost that is no sum, as peak bytes
             return None
         return Solution(found.plan, found.loss, found.proved, found.bound)
 

@@ -22,8 +22,8 @@ class Spdy(TableSearch):
     """Constants as published: 100 random vectors, then 10 % of the coefficients re-drawn down to one, 100 misses to give up.
 
     Every improvement is judged at ``full`` too; at the end the best coefficients give the other targets, and the losses are
-    measured around the best plan as ``exact`` does. Quality budgets alone: the coefficients are searched for the middle of the
-    cost axis, then the gap is halved as in ``exact``.
+    measured around the best plan as ``exact`` does. With quality budgets alone, equal coefficients look for the cheapest plan
+    that holds them, and its cost is the limit of the search.
     """
 
     random_vectors = 100
@@ -34,8 +34,13 @@ class Spdy(TableSearch):
         self._prepare()
         n_sites = len(self.space.sites)
         self.prior = self._quadratic()
-        self.target = 1 if self.free and self.limits.limited else 0  # dense holds the goal: there is nothing to solve for it
+        self.limit = self.targets[1 if self.free and self.limits.limited else 0]  # dense holds the goal: the middle instead
+        self.last: Plan | None = None
         best = np.ones(n_sites)
+        yield from self._bisect(self.prior)
+        cheapest = self._incumbent()
+        if self.free and self.budgets and cheapest is not None and cheapest.feasible:
+            self.limit = self.tables.cost([cheapest.plan])[0]
         least, plan = yield from self._score(best)
         if plan is not None:
             yield from self._judge([plan], "full")
@@ -75,21 +80,21 @@ class Spdy(TableSearch):
     ) -> Generator[list[Query], list[Evaluation], tuple[float, Plan | None]]:
         """The loss on the slice of the plan that coefficients lead to."""
         losses = coefficients[self.tables.site_of] * self.prior
-        plan = self._decide(lambda: self._within(losses, self.targets[self.target]))
+        plan = self._decide(lambda: self._within(losses, self.limit, *([self.last] if self.last else [])))
         if plan is None:
             return np.inf, None
-        self.plans[self.target] = plan
+        self.last = plan
         [answer] = yield from self._judge([plan], "slice")
         return fitness(answer), plan
 
     def _scaled(self, coefficients: FloatArray) -> Generator[list[Query], list[Evaluation], FloatArray]:
         """The searched losses in the unit of the measured ones, so that measurements can be mixed in."""
         losses = coefficients[self.tables.site_of] * self.prior
-        [dense] = yield from self._judge([self.space.dense], "slice")
-        plan = self.plans.get(self.target)
-        if plan is None:
+        if self.last is None:
             return losses
-        gain = fitness(self.seen["slice", plan]) - fitness(dense)
+        plan = self._decide(lambda: self._within(losses, self.limit)) or self.last
+        dense, here = yield from self._judge([self.space.dense, plan], "slice")
+        gain = fitness(here) - fitness(dense)
         total = float(losses[self.tables.current(plan)].sum())
         return losses * (gain / total if np.isfinite(gain) and gain > 0 and total > 0 else 1.0)
 
