@@ -16,6 +16,7 @@ from autocompress.search.polish import Polish
 from autocompress.search.random_ import Random
 from autocompress.search.run import SearchOutcome, run
 from autocompress.search.spdy import Spdy
+from autocompress.search.table_front import FrontPoint, table_front
 from autocompress.search.uniform import Uniform
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "EvoPress",
     "Evolution",
     "Exact",
+    "FrontPoint",
     "ParetoFront",
     "Polish",
     "Random",
@@ -34,4 +36,5 @@ __all__ = [
     "check_feasible",
     "lower_bounds",
     "run",
+    "table_front",
 ]

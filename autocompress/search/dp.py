@@ -9,6 +9,7 @@ when every weight is a multiple of the bucket (integer costs with no more room t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,11 +30,10 @@ def min_loss(
     (or the largest cost, if that is less) minus the least possible cost.
     """
     least, most = (sum(int(f(cost)) for cost in costs) for f in (np.min, np.max))
-    room = min(int(limit), most) - least
-    if room < 0:
+    if least > limit:
         return None
-    bucket = max(1, -(-room // buckets))
-    return _least(losses, [-(-(cost - cost.min()) // bucket) for cost in costs], room // bucket)
+    bucket = max(1, -(-(min(int(limit), most) - least) // buckets))
+    return _least(losses, [-(-(cost - cost.min()) // bucket) for cost in costs], (int(limit) - least) // bucket)
 
 
 def min_cost(
@@ -41,16 +41,16 @@ def min_cost(
 ) -> tuple[int, ...] | None:
     """The levels with the least sum of costs whose errors sum to at most ``budget``; ``None`` when no levels do.
 
-    ``costs``, ``errors``: one array ``(n_levels,)`` a site. A bucket is ``room / buckets``.
+    ``costs``, ``errors``: one array ``(n_levels,)`` a site. A bucket is ``room / buckets``, the room
+    being the budget (or the largest error, if that is less) minus the least possible error.
     """
-    least = [float(error.min()) for error in errors]
-    room = min(budget, sum(float(error.max()) for error in errors)) - sum(least)
-    if room < 0:
+    lows, highs = ([float(f(error)) for error in errors] for f in (np.min, np.max))
+    if sum(lows) > budget:
         return None
-    bucket = room / buckets if room > 0 else 1.0
-    rounded = [np.ceil((error - low) / bucket - 1e-9) for error, low in zip(errors, least, strict=True)]
-    weights = [np.minimum(steps, buckets + 1).astype(np.int64) for steps in rounded]  # what never fits stays a small number
-    return _least([cost.astype(float) for cost in costs], weights, buckets if room > 0 else 0)
+    bucket = (min(budget, sum(highs)) - sum(lows)) / buckets or 1.0
+    weights = [np.ceil((error - low) / bucket - 1e-9).astype(np.int64) for error, low in zip(errors, lows, strict=True)]
+    capacity = math.floor((budget - sum(lows)) / bucket + 1e-9)
+    return _least([cost.astype(float) for cost in costs], weights, capacity)
 
 
 def min_largest(losses: Sequence[FloatArray], costs: Sequence[IntArray], limit: int) -> float | None:
@@ -74,6 +74,7 @@ def _cheapest(losses: Sequence[FloatArray], costs: Sequence[IntArray], level: fl
 
 def _least(values: Sequence[FloatArray], weights: Sequence[IntArray], capacity: int) -> tuple[int, ...] | None:
     """Minimise a sum of values under a sum of weights: ``best[w]`` is the least value of weight at most ``w``."""
+    capacity = min(capacity, sum(int(weight.max()) for weight in weights))
     best = np.zeros(capacity + 1)
     choices: list[IntArray] = []
     for value, weight in zip(values, weights, strict=True):

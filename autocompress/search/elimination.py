@@ -44,6 +44,12 @@ class Elimination:
     ) -> None:
         self.tables, self.buckets, self.constant, self.fixed = tables, tuple(buckets), constant, dict(fixed or {})
 
+    @property
+    def entries(self) -> int:
+        """Entries of all joined tables: the effort of one minimum."""
+        n_levels = [1 if site in self.fixed else n for site, n in enumerate(self.tables.n_levels)]
+        return sum(math.prod(n_levels[s] for s in bucket.sites) for bucket in self.buckets)
+
     def at(self, site: int, level: int) -> Elimination:
         """The same with one site fixed: the tables are views, smaller by its levels."""
         buckets = []
@@ -123,8 +129,8 @@ def _order(n_levels: Sequence[int], scopes: Sequence[set[int]]) -> tuple[list[in
 def factor_rows(factor: CostFactor, levels: IntArray) -> IntArray:
     """Costs of a factor at rows of levels ``(n, n_sites of the factor)``.  # (n, n_columns)"""
     if factor.table is not None:
-        rows: IntArray = factor.table[tuple(levels.T)] if factor.sites else np.broadcast_to(factor.table, (len(levels), factor.table.shape[-1]))
-        return rows
+        rows: IntArray = factor.table[tuple(levels.T)]
+        return rows if factor.sites else np.broadcast_to(rows, (len(levels), rows.shape[-1]))
     assert factor.cost is not None  # CostTables checked
     return factor.cost(levels)
 

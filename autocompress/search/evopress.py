@@ -42,7 +42,9 @@ class EvoPress(BaseController):
         self.blocks_only = all(len(order) <= 2 for order in self.orders)
         self.limit: IntArray = self.limits.limit
         parent = yield from self._start()
-        self.limit = np.maximum(self.limit, self.tables.cost([parent])[0])  # budgets nothing holds: no worse than the start
+        self.limit = np.maximum(
+            self.limit, self.tables.cost([parent])[0]
+        )  # budgets nothing holds: no worse than the start
         idle = 0
         while idle < self.patience:
             asked = len(self.seen)
@@ -108,7 +110,9 @@ class EvoPress(BaseController):
             counts = [min(self.rng.randint(1, 3), self.rng.randint(1, 3)) for _ in range(2 * wanted)]
             raised = [self._raised(parent, k) for k in counts]
             if self.blocks_only:
-                lowered = [p if ok else None for p, ok in zip(raised, self.tables.fits(raised, self.limit), strict=True)]
+                lowered = [
+                    p if ok else None for p, ok in zip(raised, self.tables.fits(raised, self.limit), strict=True)
+                ]
             else:
                 lowered = self._lowered(raised, [self.max_switches - k for k in counts])
             pairs = [(a, b) for a, b in zip(raised, lowered, strict=True) if b is not None and b != parent]

@@ -24,7 +24,10 @@ from autocompress.types import CostFactor, IntArray, Plan
 
 COMPONENT = 4096
 """Options of one component of a knapsack."""
-NODES = 400
+EFFORT = 300_000_000
+"""Table entries that may be looked at: a few seconds."""
+OFFER = 3_000_000
+"""What repairing and polishing one plan counts as."""
 
 Improve = Callable[[Plan], Plan | None]
 """A plan near ``plan`` that holds the limits, or ``None``."""
@@ -38,7 +41,7 @@ class _Node:
     plan: Plan  # the minimiser at the prices
 
 
-class Joint:
+class Branching:
     """One table model and one limit."""
 
     def __init__(self, costs: Elimination, losses: FloatArray, limit: IntArray, improve: Improve) -> None:
@@ -52,10 +55,11 @@ class Joint:
                 degree[site] += 1
         self.order = sorted(range(len(degree)), key=lambda s: (-degree[s], s))
         self.best: Plan | None = None
-        self.loss = math.inf
+        self.loss, self.left = math.inf, 0
 
-    def solve(self, starts: Sequence[Plan], gap: float, nodes: int = NODES) -> knapsack.Proof:
-        """The least loss within the limits, to a relative gap if the nodes last."""
+    def solve(self, starts: Sequence[Plan], gap: float, effort: int = EFFORT) -> knapsack.Proof:
+        """The least loss within the limits, to a relative gap if the effort lasts."""
+        self.left = effort
         for start in starts:
             self._offer(start)
         count, floor = itertools.count(), math.inf  # floor: the least bound of what was cut off within the gap
@@ -66,9 +70,8 @@ class Joint:
             if bound >= self._cut(gap):
                 floor = min(floor, bound)
                 break
-            if nodes <= 0:
-                return knapsack.Proof(self.best, self.loss, min(bound, floor), False)
-            nodes -= 1
+            if self.left <= 0:
+                return knapsack.Proof(self.best, self.loss, min(bound, floor, self.loss), False)
             closed = self._component_plan(node, gap)
             if closed is not None:
                 floor = min(floor, closed)
@@ -90,6 +93,7 @@ class Joint:
         return self.loss - gap * abs(self.loss) if math.isfinite(self.loss) else math.inf
 
     def _offer(self, plan: Plan) -> None:
+        self.left -= OFFER
         found = self.improve(plan)
         if found is not None:
             loss = float(self.losses[self.tables.current(found)].sum())
@@ -100,10 +104,13 @@ class Joint:
         """A node with its best bound; ``None`` where that reaches ``cut``."""
         columns, unit = self.columns, self.unit[self.columns]
 
+        entries = costs.entries
+
         def oracle(prices: FloatArray) -> tuple[float, FloatArray, Plan]:
             full = np.zeros(len(self.limit))
             full[columns] = prices / unit
-            value, plan = costs.minimum(self.losses, full)
+            plan = costs.minimum(self.losses, full)[1]
+            self.left -= entries
             loss = float(self.losses[self.tables.current(plan)].sum())
             # the factors' own sum, not ``cost``: a peak counts as zero in them
             return loss, self._sum(plan)[columns] / unit - 1.0, plan
@@ -139,7 +146,9 @@ class Joint:
             if target is None:
                 constant += factor_rows(factor, np.array([[node.costs.fixed[s] for s in factor.sites]], np.int64))[0]
             else:
-                costs[target] += factor_rows(factor, self._levels(factor, node.costs.fixed, groups[target], grids[target]))
+                costs[target] += factor_rows(
+                    factor, self._levels(factor, node.costs.fixed, groups[target], grids[target])
+                )
         offsets = self.tables.offsets[:-1]
         losses = [
             self.losses[offsets[list(group)] + grid].sum(axis=1) for group, grid in zip(groups, grids, strict=True)
@@ -165,9 +174,7 @@ class Joint:
         closed = found.proved and self.loss <= found.loss + base + 1e-12
         return found.bound + base if closed else None
 
-    def _levels(
-        self, factor: CostFactor, fixed: dict[int, int], group: tuple[int, ...], grid: IntArray
-    ) -> IntArray:
+    def _levels(self, factor: CostFactor, fixed: dict[int, int], group: tuple[int, ...], grid: IntArray) -> IntArray:
         columns = [grid[:, group.index(s)] if s in group else np.full(len(grid), fixed[s]) for s in factor.sites]
         return np.stack(columns, axis=1).astype(np.int64)
 

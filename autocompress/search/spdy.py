@@ -34,7 +34,9 @@ class Spdy(TableSearch):
         self._prepare()
         n_sites = len(self.space.sites)
         self.prior = self._quadratic()
-        self.limit = self.targets[1 if self.free and self.limits.limited else 0]  # dense holds the goal: the middle instead
+        self.limit = self.targets[
+            1 if self.free and self.limits.limited else 0
+        ]  # dense holds the goal: the middle instead
         self.last: Plan | None = None
         best = np.ones(n_sites)
         yield from self._bisect(self.prior)
@@ -58,9 +60,7 @@ class Spdy(TableSearch):
         yield from self._bisect(losses)
         yield from self._around(losses)
 
-    def _local(
-        self, best: FloatArray, least: float
-    ) -> Generator[list[Query], list[Evaluation], FloatArray]:
+    def _local(self, best: FloatArray, least: float) -> Generator[list[Query], list[Evaluation], FloatArray]:
         """Re-draw ever fewer coefficients; a gain starts the same number again."""
         for n in range(max(1, round(self.share * len(best))), 0, -1):
             misses = 0
@@ -75,9 +75,7 @@ class Spdy(TableSearch):
                     yield from self._judge([plan], "full")
         return best
 
-    def _score(
-        self, coefficients: FloatArray
-    ) -> Generator[list[Query], list[Evaluation], tuple[float, Plan | None]]:
+    def _score(self, coefficients: FloatArray) -> Generator[list[Query], list[Evaluation], tuple[float, Plan | None]]:
         """The loss on the slice of the plan that coefficients lead to."""
         losses = coefficients[self.tables.site_of] * self.prior
         plan = self._decide(lambda: self._within(losses, self.limit, *([self.last] if self.last else [])))
