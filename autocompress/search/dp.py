@@ -1,8 +1,8 @@
 """Dynamic programming over cost buckets, for one budget and costs that add up over sites.
 
 Two directions of one recursion: the least loss within a cost (OBC, Frantar & Alistarh 2022a; SPDY, 2022b) and the least cost
-within an error (L-GreCo, Alimohammadi et al. 2023); and the least common error level within a cost (ALDS, Liebenwein et al. 2021),
-which needs no recursion. Whatever is bucketed is rounded up, so a limit always holds. The price is the *bucket error*: a
+within an error (L-GreCo, Alimohammadi et al. 2023). The least common error level within a cost (ALDS, Liebenwein et al. 2021)
+needs no recursion. Whatever is bucketed is rounded up, so a limit always holds. The price is the *bucket error*: a
 solution is at least as good as the optimum for a limit that is lower by ``n_sites`` buckets, and it is the optimum itself
 when every weight is a multiple of the bucket (integer costs with no more room than there are buckets, for one).
 """
@@ -48,8 +48,10 @@ def min_cost(
     if sum(lows) > budget:
         return None
     bucket = (min(budget, sum(highs)) - sum(lows)) / buckets or 1.0
-    weights = [np.ceil((error - low) / bucket - 1e-9).astype(np.int64) for error, low in zip(errors, lows, strict=True)]
-    capacity = math.floor((budget - sum(lows)) / bucket + 1e-9)
+    capacity = math.floor(min((budget - sum(lows)) / bucket + 1e-9, 1e9))
+    with np.errstate(over="ignore"):  # a tiny bucket: what does not fit may be any large number
+        steps = [np.ceil((error - low) / bucket - 1e-9) for error, low in zip(errors, lows, strict=True)]
+    weights = [np.minimum(step, capacity + 1).astype(np.int64) for step in steps]
     return _least([cost.astype(float) for cost in costs], weights, capacity)
 
 

@@ -26,7 +26,7 @@ COMPONENT = 4096
 """Options of one component of a knapsack."""
 EFFORT = 300_000_000
 """Table entries that may be looked at: a few seconds."""
-OFFER = 3_000_000
+OFFER = 20_000_000
 """What repairing and polishing one plan counts as."""
 
 Improve = Callable[[Plan], Plan | None]

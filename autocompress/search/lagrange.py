@@ -18,7 +18,7 @@ from autocompress.search.tables import FloatArray
 
 P = TypeVar("P", bound=Hashable)
 Oracle = Callable[[FloatArray], tuple[float, FloatArray, P]]
-"""Prices (n_budgets,) -> loss and excess ``cost - limit`` (n_budgets,) of a minimiser of ``loss + prices @ excess``, and itself."""
+"""Prices (n_budgets,) -> loss and excess ``cost - limit`` of a minimiser of ``loss + prices @ excess``, and that plan."""
 
 
 @dataclass(frozen=True, eq=False)

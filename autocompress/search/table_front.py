@@ -1,4 +1,4 @@
-"""The whole front of a table model: for each cost, the least loss at every one of a row of limits, without evaluating anything."""
+"""The whole front of a table model: for each cost, the least loss at a row of limits, without evaluating anything."""
 
 from __future__ import annotations
 
