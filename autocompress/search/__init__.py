@@ -5,11 +5,13 @@ Knows spaces, cost tables and evaluations; never a model, never a device.
 
 from __future__ import annotations
 
+from autocompress.search.alds import Alds
 from autocompress.search.amc import Amc
 from autocompress.search.base import CONTROLLERS, BaseController
-from autocompress.search.conditional import Conditional
 from autocompress.search.bayes import Bayes
+from autocompress.search.conditional import Conditional
 from autocompress.search.evolution import Evolution
+from autocompress.search.evopress import EvoPress
 from autocompress.search.exact import Exact
 from autocompress.search.feasible import check_feasible, lower_bounds
 from autocompress.search.front import ParetoFront
@@ -19,6 +21,8 @@ from autocompress.search.polish import Polish
 from autocompress.search.random_ import Random
 from autocompress.search.reinforce import Reinforce
 from autocompress.search.run import SearchOutcome, run
+from autocompress.search.spdy import Spdy
+from autocompress.search.table_front import FrontPoint, table_front
 from autocompress.search.uniform import Uniform
 
 __all__ = [
@@ -31,13 +35,18 @@ __all__ = [
     "Exact",
     "Genetic",
     "Greedy",
+    "Alds",
+    "EvoPress",
+    "FrontPoint",
     "ParetoFront",
     "Polish",
     "Random",
     "Reinforce",
     "SearchOutcome",
+    "Spdy",
     "Uniform",
     "check_feasible",
     "lower_bounds",
     "run",
+    "table_front",
 ]

@@ -14,6 +14,7 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -95,7 +96,7 @@ class Ddpg:
         self.actor_steps = torch.optim.Adam(self.actor.parameters(), ACTOR_RATE, fused=True)
         self.critic_steps = torch.optim.Adam(self.critic.parameters(), CRITIC_RATE, fused=True)
         self.memory, self.baseline = memory, math.nan
-        self._replay: list[FloatArray] = []  # rows: state, next state, action, reward, whether it goes on
+        self._replay: list[npt.NDArray[np.float32]] = []  # rows: state, next state, action, reward, whether it goes on
         self._oldest = 0
         self._n = n_states
 

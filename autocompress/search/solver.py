@@ -1,6 +1,6 @@
 """The table model, solved: the plan with the least sum of one-site losses that holds every cost limit.
 
-A multiple-choice knapsack with one row a budget (SPDY, Frantar & Alistarh 2022, solves one row by dynamic programming). Costs
+A multiple-choice knapsack with one row a budget, and ``knapsack`` solves it where costs add up over sites. Costs
 that depend on several sites get joint variables tied to their sites' by marginal constraints, which is exact; where the tables
 are too large for that, switches are linearised around a plan and the result is repaired and polished with the true costs.
 Wall time decides nothing: the effort is limited in branch-and-bound nodes.
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import itertools
 import math
 import os
 import sys
@@ -21,6 +23,9 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix, vstack
 
+from autocompress.search import knapsack
+from autocompress.search.elimination import Elimination, elimination
+from autocompress.search.joint import Branching
 from autocompress.search.tables import UNLIMITED, CostTables, FloatArray, switch
 from autocompress.types import IntArray, Plan
 
@@ -28,6 +33,10 @@ MAX_JOINT = 2_000
 """Joint variables of one factor; a larger table is linearised (or projected, for bounds)."""
 MAX_TOTAL = 20_000
 """Joint variables of one program: ResNet-56 with three formats has 7,000 to 17,000, solved in 1 to 3 s."""
+BRANCHED = 2_000
+"""Programs with more joint variables are branched over the sites that couple many, where the tables allow (``joint``)."""
+LISTED = 4_096
+"""Spaces up to this many plans are listed."""
 QUICK_TOTAL = 100
 """Above this a quick solve takes the heuristic, which is within a few percent in a fraction of the time."""
 GAP = 1e-4
@@ -37,11 +46,17 @@ _SAFETY_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Solution:
-    """``exact``: proved optimal for the table model, within ``GAP``."""
+    """``exact``: proved optimal for the table model, within ``GAP``; ``bound``: no plan within the limits loses less."""
 
     plan: Plan
     loss: float
     exact: bool
+    bound: float = -math.inf
+
+    @property
+    def gap(self) -> float:
+        """How far the loss is from the bound, relative to the loss; infinite when nothing was proved."""
+        return max(0.0, self.loss - self.bound) / max(abs(self.loss), 1e-30)
 
 
 @dataclass(frozen=True, eq=False)
@@ -309,6 +324,14 @@ class Solver:
     def __init__(self, tables: CostTables) -> None:
         self.tables = tables
         self.exact_program = program(tables)
+        self._listed: tuple[IntArray, IntArray] | None = None  # options of all plans (n_plans, n_sites), their costs
+        if 0 < math.prod(tables.n_levels) <= LISTED:
+            plans = list(itertools.product(*(range(n) for n in tables.n_levels)))
+            self._listed = (np.array(plans, np.int64) + tables.offsets[:-1], tables.cost(plans))
+
+    @functools.cached_property
+    def _elimination(self) -> Elimination | None:
+        return elimination(self.tables)
 
     def solve(
         self, losses: FloatArray, limit: IntArray, starts: Sequence[Plan] = (), quick: bool = False
@@ -318,11 +341,109 @@ class Solver:
         ``losses``  # (n_options,), ``limit``  # (n_columns,) in integer base units. ``quick`` is less exact.
         """
         gap = 1e-3 if quick else GAP
+        if self._listed is not None:
+            return self._from_list(*self._listed, losses, limit)
+        if self.exact_program is not None and not self.exact_program.joints:
+            found = self._additive(self.exact_program, losses, limit, starts, gap, quick)
+            if found is not None:
+                return found
+        if not quick and (self.exact_program is None or self.exact_program.size > BRANCHED):
+            found = self._branched(losses, limit, starts, gap)
+            if found is not None or self.exact_program is None:
+                return found
         if self.exact_program is not None and not (quick and self.exact_program.size > QUICK_TOTAL):
             found = self._exact(self.exact_program, losses, limit, gap)
             if found is not None:
                 return found
         return self._heuristic(losses, limit, starts, gap)
+
+    def _from_list(self, options: IntArray, costs: IntArray, losses: FloatArray, limit: IntArray) -> Solution | None:
+        total = np.where((costs <= limit).all(axis=1), losses[options].sum(axis=1), np.inf)
+        best = int(np.argmin(total))
+        if not np.isfinite(total[best]):
+            return None
+        plan = tuple((options[best] - self.tables.offsets[:-1]).tolist())
+        return Solution(plan, float(total[best]), True, float(total[best]))
+
+    def _branched(self, losses: FloatArray, limit: IntArray, starts: Sequence[Plan], gap: float) -> Solution | None:
+        """Branch and bound over coupling sites, from the heuristic's plan; ``None`` when tables are too large or nothing fits."""
+        first = self._heuristic(losses, limit, starts, gap)
+        if first is None or self._elimination is None:
+            return first
+
+        def improve(plan: Plan) -> Plan | None:
+            plan = repair(self.tables, losses, plan, limit)
+            return polish(self.tables, losses, plan, limit, 40) if holds(self.tables.cost([plan])[0], limit) else None
+
+        found = Branching(self._elimination, losses, limit, improve).solve([first.plan], gap)
+        if found.plan is None:
+            return first
+        return Solution(found.plan, found.loss, found.proved, found.bound)
+
+    def minimax(self, losses: FloatArray, limit: IntArray, starts: Sequence[Plan] = ()) -> Solution | None:
+        """The plan whose largest one-site loss is least within ``limit``, among such plans one with the least sum (ALDS's aim).
+
+        One common level is bisected over the losses that occur. ``loss`` is the largest one-site loss, above dense. Exact
+        (``exact``) where costs add up over sites; elsewhere plans are looked for by repair, and a smaller level may exist.
+        """
+        rises = losses - losses[self.tables.offsets[:-1]][self.tables.site_of]
+        additive = self._listed is not None or (self.exact_program is not None and not self.exact_program.joints)
+        marks = np.unique(np.maximum(rises, 0.0))
+        best: Plan | None = None
+        low, high = 0, len(marks) - 1
+        if not additive:
+            starts = [*starts, (0,) * len(self.tables.n_levels), self.tables.cheapest(1 / np.maximum(limit, 1))]
+        while low <= high:
+            middle = (low + high) // 2
+            plan = self._allowed(rises, float(marks[middle]), limit, starts, additive)
+            best, low, high = (best, middle + 1, high) if plan is None else (plan, low, middle - 1)
+        if best is None:
+            return None
+        level = float(marks[low])
+        return Solution(best, level, additive, level if additive else 0.0)
+
+    def _allowed(
+        self, rises: FloatArray, level: float, limit: IntArray, starts: Sequence[Plan], additive: bool
+    ) -> Plan | None:
+        """A plan within the limit that takes no option whose loss is above the level; of low loss."""
+        allowed = rises <= level
+        barred = np.where(
+            allowed, rises, 10.0 * (np.abs(rises).max(initial=0.0) + 1.0) * (len(self.tables.n_levels) + 1)
+        )
+        if additive:
+            found = self.solve(barred, limit, quick=True)
+            plan = None if found is None else found.plan
+        else:
+            plan = None
+            for start in dict.fromkeys(starts):
+                clean = tuple(v if a else 0 for v, a in zip(start, allowed[self.tables.current(start)], strict=True))
+                plan = repair(self.tables, barred, clean, limit)
+                if holds(self.tables.cost([plan])[0], limit) and allowed[self.tables.current(plan)].all():
+                    break
+        if plan is None or not holds(self.tables.cost([plan])[0], limit):
+            return None
+        return plan if allowed[self.tables.current(plan)].all() else None
+
+    def _additive(
+        self,
+        costs: Program,
+        losses: FloatArray,
+        limit: IntArray,
+        starts: Sequence[Plan],
+        gap: float,
+        quick: bool,
+    ) -> Solution | None:
+        """Costs that add up over sites: a knapsack. ``None`` when it found nothing, or nothing proved where that is asked."""
+        columns = np.flatnonzero(limit < UNLIMITED)
+        rows = np.rint(costs.linear[:, columns]).astype(np.int64)
+        room = limit[columns] - np.rint(costs.constant[columns]).astype(np.int64)
+        problem = knapsack.Knapsack(losses, rows, room, self.tables.offsets)
+        found = knapsack.solve(problem, starts, gap, prove=not quick)
+        if found.plan is None or not (found.proved or quick):
+            return None
+        if not holds(self.tables.cost([found.plan])[0], limit):  # a cost that is no sum, as peak bytes
+            return None
+        return Solution(found.plan, found.loss, found.proved, found.bound)
 
     def _exact(self, costs: Program, losses: FloatArray, limit: IntArray, gap: float) -> Solution | None:
         """Exact up to the gap; a plan over a limit by the solver's tolerance is excluded by tightening that limit."""
@@ -333,7 +454,7 @@ class Solver:
                 return None
             cost = self.tables.cost([answer.plan])[0]
             if holds(cost, limit):
-                return Solution(answer.plan, self._loss(losses, answer.plan), answer.optimal)
+                return Solution(answer.plan, self._loss(losses, answer.plan), answer.optimal, answer.bound)
             asked = np.where(cost > limit, asked - 2 * (cost - limit), asked)
         return None
 

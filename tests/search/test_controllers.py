@@ -26,12 +26,40 @@ class TestExact(ControllerContract):
     interaction_tolerance = 0.2  # its model has no interactions, only a second look around its solution
 
 
+class TestSpdy(ControllerContract):
+    name = "spdy"
+    interaction_tolerance = 0.2  # as exact
+
+
+class TestAlds(ControllerContract):
+    name = "alds"
+    finds_optimum = False  # its objective is the largest one-site loss, not the sum
+
+
 class TestEvolution(ControllerContract):
     name = "evolution"
 
 
 def test_names() -> None:
-    assert list(CONTROLLERS) == ["amc", "bayes", "bayes-cmaes", "bayes-gp", "bayes-nsga2", "bayes-nsga3", "conditional", "evolution", "exact", "genetic", "greedy", "random", "reinforce", "uniform"]
+    assert list(CONTROLLERS) == [
+        "alds",
+        "amc",
+        "bayes",
+        "bayes-cmaes",
+        "bayes-gp",
+        "bayes-nsga2",
+        "bayes-nsga3",
+        "conditional",
+        "evolution",
+        "evopress",
+        "exact",
+        "genetic",
+        "greedy",
+        "random",
+        "reinforce",
+        "spdy",
+        "uniform",
+    ]
     with pytest.raises(UnknownName, match="Did you mean 'evolution'"):
         CONTROLLERS["evolutoin"]
 
