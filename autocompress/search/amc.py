@@ -54,9 +54,9 @@ class Amc(BaseController):
         patience = max(self.patience, 5 * min(self.space.size, self.patience)) * len(self.walls)
         while known < patience:
             target = self._target(episode) if not known else self.rng.randrange(len(self.walls))
-            plan = (
-                self._first(target) if episode == 0 and not known else self._walk(target, self._noise(episode, known))
-            )
+            first = episode == 0 and not known
+            plan = self._first(target) if first else self._walk(target, self._noise(episode, known))
+            plan = self.space.effective(plan)
             fresh = ("full", plan) not in self.seen
             if fresh or known == 0:
                 answer = (yield from self._judge([plan], "full"))[0]

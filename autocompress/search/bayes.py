@@ -140,7 +140,7 @@ class Optuna(TableSearch):
             if gain[option] >= -1e-12:
                 break
             plan = switch(plan, int(self.tables.site_of[option]), int(self.tables.level_of[option]))
-        return plan
+        return self.space.effective(plan)
 
     # ------------------------------------------------------------ answers
 

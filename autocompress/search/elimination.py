@@ -7,14 +7,13 @@ weight first, Dechter's bucket elimination 1999); going back along it reads off 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from autocompress.search.tables import CostTables, FloatArray
+from autocompress.search.tables import CostTables, FloatArray, tabulate
 from autocompress.types import CostFactor, IntArray, Plan
 
 LARGEST = 1 << 20
@@ -100,7 +99,7 @@ def elimination(tables: CostTables) -> Elimination | None:
         if factor.sites:
             own[min(place[s] for s in factor.sites)].append(factor)
         else:
-            constant += np.asarray(_table(factor, tables.n_levels), float)
+            constant += np.asarray(tabulate(factor), float)
     incoming: list[list[int]] = [[] for _ in order]
     buckets: list[_Bucket] = []
     for i, site in enumerate(order):
@@ -126,32 +125,14 @@ def _order(n_levels: Sequence[int], scopes: Sequence[set[int]]) -> tuple[list[in
     return order, sizes
 
 
-def factor_rows(factor: CostFactor, levels: IntArray) -> IntArray:
-    """Costs of a factor at rows of levels ``(n, n_sites of the factor)``.  # (n, n_columns)"""
-    if factor.table is not None:
-        rows: IntArray = factor.table[tuple(levels.T)]
-        return rows if factor.sites else np.broadcast_to(rows, (len(levels), rows.shape[-1]))
-    assert factor.cost is not None  # CostTables checked
-    return factor.cost(levels)
-
-
-def _table(factor: CostFactor, n_levels: Sequence[int]) -> IntArray:
-    """The whole table of a factor, also of one that is given as a function."""
-    if factor.table is not None:
-        return factor.table
-    shape = tuple(n_levels[s] for s in factor.sites)
-    grid = np.array(list(itertools.product(*(range(n) for n in shape))), np.int64)
-    parts = [factor_rows(factor, grid[i : i + 8192]) for i in range(0, len(grid), 8192)]
-    return np.concatenate(parts).reshape(*shape, -1)
-
-
 def _summed(factors: Sequence[CostFactor], sites: tuple[int, ...], tables: CostTables) -> FloatArray | None:
     """Cost factors of one bucket, added up over its sites."""
     if not factors:
         return None
     out = np.zeros((*(tables.n_levels[s] for s in sites), len(tables.columns)))
     for factor in factors:
-        out += _aligned(_table(factor, tables.n_levels).astype(float), factor.sites, sites, 1)
+        table = tabulate(factor).astype(float)[np.ix_(*factor.classes)]
+        out += _aligned(table, factor.sites, sites, 1)
     return out
 
 

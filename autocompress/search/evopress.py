@@ -115,7 +115,8 @@ class EvoPress(BaseController):
                 ]
             else:
                 lowered = self._lowered(raised, [self.max_switches - k for k in counts])
-            pairs = [(a, b) for a, b in zip(raised, lowered, strict=True) if b is not None and b != parent]
+            ended = [None if b is None else self.space.effective(b) for b in lowered]
+            pairs = [(a, b) for a, b in zip(raised, ended, strict=True) if b is not None and b != parent]
             if pairs and attempt < 4:
                 pairs = self._refilled(parent, pairs)
             children.update(dict.fromkeys(b for _, b in pairs))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autocompress.search import knapsack
-from autocompress.search.elimination import Elimination, factor_rows
+from autocompress.search.elimination import Elimination
 from autocompress.search.lagrange import dual
 from autocompress.search.tables import UNLIMITED, CostTables, FloatArray
 from autocompress.types import CostFactor, IntArray, Plan
@@ -126,7 +126,7 @@ class Branching:
 
     def _sum(self, plan: Plan) -> FloatArray:
         """The factors' costs of a plan.  # (n_columns,)"""
-        rows = [factor_rows(f, np.array([[plan[s] for s in f.sites]], np.int64))[0] for f in self.tables.factors]
+        rows = [f.rows(np.array([[plan[s] for s in f.sites]], np.int64))[0] for f in self.tables.factors]
         total: FloatArray = np.sum(rows, axis=0, dtype=float)
         return total
 
@@ -145,11 +145,9 @@ class Branching:
         for factor in self.tables.factors:
             target = next((of[s] for s in factor.sites if s in of), None)
             if target is None:
-                constant += factor_rows(factor, np.array([[node.costs.fixed[s] for s in factor.sites]], np.int64))[0]
+                constant += factor.rows(np.array([[node.costs.fixed[s] for s in factor.sites]], np.int64))[0]
             else:
-                costs[target] += factor_rows(
-                    factor, self._levels(factor, node.costs.fixed, groups[target], grids[target])
-                )
+                costs[target] += factor.rows(self._levels(factor, node.costs.fixed, groups[target], grids[target]))
         offsets = self.tables.offsets[:-1]
         losses = [
             self.losses[offsets[list(group)] + grid].sum(axis=1) for group, grid in zip(groups, grids, strict=True)

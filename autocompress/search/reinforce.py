@@ -179,6 +179,7 @@ class Reinforce(BaseController):
         for i in range(len(plans)):
             if fits[i] and sites:  # the executed actions, as in AMC
                 drawn[i] = [round(self._factor(s, plans[i][s]) * (self.factors - 1)) for s in sites]
+        plans = [self.space.effective(plan) for plan in plans]
         first = {plan: i for i, plan in reversed(list(enumerate(plans)))}
         inside = sorted(i for plan, i in first.items() if fits[i])
         new = [i for i in inside if ("full", plans[i]) not in self.seen][: self.rollouts]

@@ -26,8 +26,8 @@ from scipy.sparse import csr_matrix, vstack
 from autocompress.search import knapsack
 from autocompress.search.elimination import Elimination, elimination
 from autocompress.search.joint import Branching
-from autocompress.search.tables import UNLIMITED, CostTables, FloatArray, switch
-from autocompress.types import IntArray, Plan
+from autocompress.search.tables import UNLIMITED, CostTables, FloatArray, switch, tabulate
+from autocompress.types import CostFactor, IntArray, Plan
 
 MAX_JOINT = 2_000
 """Joint variables of one factor; a larger table is linearised (or projected, for bounds)."""
@@ -60,53 +60,27 @@ class Solution:
 
 
 @dataclass(frozen=True, eq=False)
-class Joint:
-    """A cost table over classes of levels that cost the same: ``table[class of site..., column]``."""
-
-    sites: tuple[int, ...]
-    classes: tuple[IntArray, ...]  # level -> class, one array a site
-    table: IntArray
-
-
-@dataclass(frozen=True, eq=False)
 class Program:
     """Costs as linear terms: ``constant + linear[options] + joint tables``; ``exact`` unless a table was projected."""
 
     constant: FloatArray  # (n_columns,)
     linear: FloatArray  # (n_options, n_columns)
-    joints: tuple[Joint, ...]
+    joints: tuple[CostFactor, ...]  # with tables and classes
     exact: bool
 
     @property
     def size(self) -> int:
-        return sum(math.prod(joint.table.shape[:-1]) for joint in self.joints)
+        return sum(math.prod(tabulate(joint).shape[:-1]) for joint in self.joints)
 
 
-def compress(sites: tuple[int, ...], table: IntArray) -> Joint:
-    """Merge levels whose rows are equal; sites that do not matter drop out."""
-    kept: list[int] = []
-    classes: list[IntArray] = []
-    for site in sites:
-        rows = np.moveaxis(table, len(kept), 0)
-        _, first, inverse = np.unique(rows.reshape(len(rows), -1), axis=0, return_index=True, return_inverse=True)
-        rows = rows[first]
-        if len(first) == 1:
-            table = rows[0]
-            continue
-        table = np.moveaxis(rows, 0, len(kept))
-        kept.append(site)
-        classes.append(np.asarray(inverse, np.int64).reshape(-1))
-    return Joint(tuple(kept), tuple(classes), table)
-
-
-def project(joint: Joint, limit: int) -> Joint:
+def project(joint: CostFactor, limit: int) -> CostFactor:
     """A lower bound of a large table: minima over sites until at most ``limit`` entries remain, largest axes first."""
-    sites, classes, table = list(joint.sites), list(joint.classes), joint.table
+    sites, classes, table = list(joint.sites), list(joint.classes), tabulate(joint)
     while math.prod(table.shape[:-1]) > limit:
         axis = int(np.argmax(table.shape[:-1]))
         table = table.min(axis=axis)
         del sites[axis], classes[axis]
-    return Joint(tuple(sites), tuple(classes), table)
+    return CostFactor(joint.name, tuple(sites), table, None, tuple(classes))
 
 
 def program(tables: CostTables, relax: bool = False) -> Program | None:
@@ -120,11 +94,11 @@ def program(tables: CostTables, relax: bool = False) -> Program | None:
                 return None
             exact = False  # a cost is never negative: zero is a bound
             continue
-        joint = compress(factor.sites, factor.table)
-        if math.prod(joint.table.shape[:-1]) > MAX_JOINT:
+        joint = factor
+        if math.prod(factor.table.shape[:-1]) > MAX_JOINT:
             if not relax:
                 return None
-            joint, exact = project(joint, MAX_JOINT // 10), False
+            joint, exact = project(factor, MAX_JOINT // 10), False
         rest = _separate(joint, constant, linear, tables)
         if rest is not None:
             joints.append(rest)
@@ -138,17 +112,18 @@ def program(tables: CostTables, relax: bool = False) -> Program | None:
     return Program(constant, linear, tuple(left), False)
 
 
-def _separate(joint: Joint, constant: FloatArray, linear: FloatArray, tables: CostTables) -> Joint | None:
+def _separate(joint: CostFactor, constant: FloatArray, linear: FloatArray, tables: CostTables) -> CostFactor | None:
     """Add a table that is a sum of one-site terms to the linear costs; any other one is handed back."""
-    first = joint.table[(0,) * len(joint.sites)]
-    terms, total = [], np.broadcast_to(first, joint.table.shape).copy()
+    table = tabulate(joint)
+    first = table[(0,) * len(joint.sites)]
+    terms, total = [], np.broadcast_to(first, table.shape).copy()
     for axis in range(len(joint.sites)):
         where: list[Any] = [0] * len(joint.sites)
         where[axis] = slice(None)
-        term = joint.table[tuple(where)] - first
+        term = table[tuple(where)] - first
         total += term.reshape(*(-1 if i == axis else 1 for i in range(len(joint.sites))), term.shape[-1])
         terms.append(term)
-    if not np.array_equal(total, joint.table):
+    if not np.array_equal(total, table):
         return joint
     constant += first
     for site, classes, term in zip(joint.sites, joint.classes, terms, strict=True):
@@ -179,7 +154,8 @@ def minimise(
     rows, weights = [], [costs.linear]
     at = n
     for joint in costs.joints:
-        shape = joint.table.shape[:-1]
+        table = tabulate(joint)
+        shape = table.shape[:-1]
         entries = np.arange(math.prod(shape))
         for axis, (site, classes) in enumerate(zip(joint.sites, joint.classes, strict=True)):
             of = np.unravel_index(entries, shape)[axis]
@@ -188,19 +164,19 @@ def minimise(
             c = np.concatenate([at + entries, tables.offsets[site] + levels])
             v = np.concatenate([np.ones(len(entries)), -np.ones(len(levels))])
             rows.append(csr_matrix((v, (r, c)), shape=(shape[axis], n + size)))
-        weights.append(joint.table.reshape(len(entries), -1).astype(float))
+        weights.append(table.reshape(len(entries), -1).astype(float))
         at += len(entries)
     choose = csr_matrix((np.ones(n), (tables.site_of, np.arange(n))), shape=(len(tables.n_levels), n + size))
     constraints = [LinearConstraint(choose, 1, 1)]
     if rows:
         constraints.append(LinearConstraint(vstack(rows), 0, 0))
-    table = np.concatenate(weights)  # (n + size, n_columns)
+    linear = np.concatenate(weights)  # (n + size, n_columns)
     bounded = limit < UNLIMITED
     if bounded.any():
         unit = np.maximum(limit[bounded], 1)
         room = (limit[bounded] - costs.constant[bounded]) / unit
-        constraints.append(LinearConstraint(csr_matrix((table[:, bounded] / unit).T), -np.inf, room))
-    goal = np.concatenate([objective, np.zeros(size)]) if column is None else table[:, column]
+        constraints.append(LinearConstraint(csr_matrix((linear[:, bounded] / unit).T), -np.inf, room))
+    goal = np.concatenate([objective, np.zeros(size)]) if column is None else linear[:, column]
     scale = max(float(np.abs(goal).max(initial=0.0)), 1e-30)
     with _quiet():
         result = milp(
@@ -323,11 +299,15 @@ class Solver:
 
     def __init__(self, tables: CostTables) -> None:
         self.tables = tables
-        self.exact_program = program(tables)
         self._listed: tuple[IntArray, IntArray] | None = None  # options of all plans (n_plans, n_sites), their costs
         if 0 < math.prod(tables.n_levels) <= LISTED:
             plans = list(itertools.product(*(range(n) for n in tables.n_levels)))
             self._listed = (np.array(plans, np.int64) + tables.offsets[:-1], tables.cost(plans))
+
+    @functools.cached_property
+    def exact_program(self) -> Program | None:
+        """The costs as a linear program; ``None`` when it would be too large."""
+        return program(self.tables)
 
     @functools.cached_property
     def _elimination(self) -> Elimination | None:

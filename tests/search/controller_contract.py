@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from toys import ToyCosts, ToyLoss, chain, separable, space_of
+from toys import ToyCosts, ToyLoss, chain, nested, separable, space_of
 
 from autocompress.errors import UsageError
 from autocompress.search import CONTROLLERS, ParetoFront, run
@@ -119,6 +119,19 @@ class ControllerContract:
                     assert answer.violation == 0
             controller.tell(evaluator(queries))
         assert named > 0
+
+    def test_a_network_is_asked_once_whatever_is_chosen_inside_dropped_blocks(self) -> None:
+        space, costs = nested()
+        budgets = [Budget("macs", float(costs.cost([space.dense])[0, 0]) * 0.5)]
+        controller, evaluator = CONTROLLERS[self.name](space, costs, budgets, 0), ToyLoss(space, costs, budgets)
+        asked = []
+        for _ in range(self.n(10)):
+            queries = controller.ask(8)
+            asked += [(q.plan, q.fidelity) for q in queries]
+            controller.tell(evaluator(queries))
+        assert asked
+        assert len(set(asked)) == len(asked)
+        assert all(space.effective(plan) == plan for plan, _ in asked)
 
     def test_something_that_holds_the_budgets_within_twenty(self) -> None:
         controller, evaluator = self.make(space_of(*[6] * 30))

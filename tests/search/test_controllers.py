@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from controller_contract import ControllerContract, problem, searched
 from toys import ToyLoss, chain, space_of
@@ -60,6 +63,9 @@ def test_names() -> None:
         "spdy",
         "uniform",
     ]
+    page = Path(__file__).parents[2] / "docs" / "search.md"
+    table = [line for line in page.read_text().splitlines() if line.startswith("| `")]
+    assert {name for line in table for name in re.findall(r"`([a-z0-9-]+)`", line)} >= set(CONTROLLERS)
     with pytest.raises(UnknownName, match="Did you mean 'evolution'"):
         CONTROLLERS["evolutoin"]
 

@@ -62,7 +62,7 @@ def test_limits_hold_for_each_of_several_budgets() -> None:
         table = np.zeros((5, 2), np.int64)
         table[:, int(site >= 6)] = np.arange(100, 0, -20)
         factors.append(CostFactor(f"layer{site}", (site,), table))
-    costs, space = ToyCosts(("macs", "params"), factors), space_of(*levels)
+    costs, space = ToyCosts(("macs", "params"), factors, levels), space_of(*levels)
     budgets = [Budget("macs", 420.0), Budget("params", 300.0)]
     evaluator = ToyLoss(space, costs, budgets)
     best = searched(EvoPress(space, costs, budgets, 0), evaluator, 400).best(fidelity="full")

@@ -20,7 +20,7 @@ def switches(saved: list[int], harm: list[float], limit: float) -> tuple[int, ..
     """What greedy ends with where every site has one switch, of a dense cost of 100 a site."""
     space = space_of(*[2] * len(saved))
     factors = [CostFactor(f"f{i}", (i,), np.array([[100], [100 - s]])) for i, s in enumerate(saved)]
-    costs, budgets = ToyCosts(("macs",), factors), [Budget("macs", limit)]
+    costs, budgets = ToyCosts(("macs",), factors, space.n_levels), [Budget("macs", limit)]
     evaluator = ToyLoss(space, costs, budgets)
     evaluator.sensitivity = harm
     best = searched(CONTROLLERS["greedy"](space, costs, budgets, 0), evaluator, 60).best(fidelity="full")
@@ -59,6 +59,6 @@ def test_quality_alone_ends_near_its_limit(drop: float) -> None:
 def test_switches_that_only_pay_in_company_are_found_from_the_other_end() -> None:
     together = CostFactor("pair", (0, 1), np.array([[[100], [100]], [[100], [20]]]))
     space = space_of(2, 2)
-    costs, budgets = ToyCosts(("macs",), [together]), [Budget("macs", 50)]
+    costs, budgets = ToyCosts(("macs",), [together], space.n_levels), [Budget("macs", 50)]
     best = searched(CONTROLLERS["greedy"](space, costs, budgets, 0), ToyLoss(space, costs, budgets), 20)
     assert [e.plan for e in best.at("full")] == [(1, 1)]

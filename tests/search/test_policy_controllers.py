@@ -67,7 +67,7 @@ def test_every_executed_plan_holds_every_limit_when_one_can(
 ) -> None:
     space = space_of(*n_levels)
     both = chain(space.n_levels, seed, ("macs", "params")), separable(space.n_levels, seed + 1, ("macs", "params"))
-    costs = ToyCosts(("macs", "params"), [f for part in both for f in part.factors()])
+    costs = ToyCosts(("macs", "params"), [f for part in both for f in part.factors()], n_levels)
     choices = choices_of(space, costs)
     limit: IntArray = (choices.dense_cost * np.array(share)).astype(np.int64)
     wall = Wall(choices, limit, fill)
@@ -119,7 +119,7 @@ def test_filling_up_never_trades_one_method_for_another() -> None:
     """A format that saves less than rounding need not lose less: only levels of the same methods count as milder."""
     levels = (Level(), Level((Shrink(8),)), Level((Rounded(),)), Level((Shrink(8), Rounded())))
     space = SearchSpace((Site("a", "layer", ("a",)),), (levels,))
-    costs = ToyCosts(("macs",), separable([4]).factors())
+    costs = separable([4])
     choices = choices_of(space, costs)
     assert choices.milder == [{0: [], 1: [0], 2: [0], 3: [0, 1, 2]}]
 

@@ -152,7 +152,7 @@ def streams(n_levels: list[int], seed: int, keys: tuple[str, ...]) -> ToyCosts:
         kept = [1 - 0.8 * np.arange(n) / max(n - 1, 1) for n in (n_levels[0], n_levels[site])]
         table = kept[0][:, None, None] * kept[1][None, :, None] * rng.integers(500, 5000, len(keys))
         factors.append(CostFactor(f"block{site}", (0, site), table.astype(np.int64)))
-    return ToyCosts(keys, [*factors, CostFactor("overhead", (), np.full(len(keys), 11))])
+    return ToyCosts(keys, [*factors, CostFactor("overhead", (), np.full(len(keys), 11))], n_levels)
 
 
 @settings(max_examples=40, deadline=None)

@@ -85,6 +85,21 @@ def separable(n_levels: Sequence[int], seed: int = 0, keys: tuple[str, ...] = ("
     return ToyCosts(keys, factors, n_levels)
 
 
+def nested(n_blocks: int = 3, levels: int = 4) -> tuple[SearchSpace, ToyCosts]:
+    """Blocks that can be dropped, two layers in each; what is in a dropped block costs nothing and has no say."""
+    sites, kept, factors = [], [], []
+    for b in range(n_blocks):
+        layers = (f"b{b}.one", f"b{b}.two")
+        sites += [Site(f"b{b}", "block", layers), *(Site(name, "channels", (name,)) for name in layers)]
+        kept += [2, levels, levels]
+        for i in (1, 2):
+            table = np.zeros((2, levels, 1), np.int64)
+            table[0, :, 0] = (1000 + 300 * b + 100 * i) * np.linspace(1, 0.2, levels)
+            factors.append(CostFactor(f"b{b}.{i}", (3 * b, 3 * b + i), table))
+    space = SearchSpace(tuple(sites), space_of(*kept).levels)
+    return space, ToyCosts(("macs",), factors, space.n_levels)
+
+
 def _look_up(table: IntArray, levels: IntArray) -> IntArray:
     return table[levels[:, 0], levels[:, 1]]
 
