@@ -41,7 +41,7 @@ class Additive:
     def __init__(self, sites: int, levels: int, keys: tuple[str, ...], seed: int) -> None:
         rng = np.random.default_rng(seed)
         self.keys, self.tables = keys, []
-        for site in range(sites):
+        for _ in range(sites):
             share = np.linspace(1, 0.1, levels)[:, None] * rng.uniform(0.9, 1.1, (levels, len(keys)))
             self.tables.append((share * rng.integers(500_000, 5_000_000, len(keys))).astype(np.int64))
         named = tuple(Level() if i == 0 else Level((_Setting(i),)) for i in range(levels))
