@@ -183,7 +183,10 @@ class SearchSpace:
 
 @dataclass(frozen=True)
 class Metric:
-    """A quantity that can be budgeted. ``scale`` turns the integer base unit of cost tables into ``unit``."""
+    """A quantity that can be budgeted. ``scale`` turns the integer base unit of cost tables into ``unit``.
+
+    ``additive``: a sum over operators, not a maximum.
+    """
 
     name: str
     unit: str
@@ -191,6 +194,7 @@ class Metric:
     scale: float = 1.0
     per_device: bool = False
     quality: bool = False
+    additive: bool = True
 
 
 METRICS: dict[str, Metric] = {
@@ -200,7 +204,7 @@ METRICS: dict[str, Metric] = {
         Metric("size_mb", "MB", "bytes of the ONNX file / 1e6", 1e-6),
         Metric("macs", "", "multiply-accumulates of one example"),
         Metric("params", "", "number of weights and biases after folding of batch norm"),
-        Metric("peak_mb", "MB", "peak bytes of live activations of one example / 1e6", 1e-6),
+        Metric("peak_mb", "MB", "peak bytes of live activations of one example / 1e6", 1e-6, additive=False),
         Metric(
             "accuracy_drop", "points", "metric of the original minus metric of the compressed, in points", quality=True
         ),

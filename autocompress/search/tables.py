@@ -102,6 +102,8 @@ class CostTables:
             np.concatenate([np.arange(n) for n in self.n_levels]) if self.n_levels else np.zeros(0, np.int64)
         )
         self._costs = costs
+        metrics = [METRICS.get(costs.keys[c].partition("@")[0]) for c in self.columns]
+        self._maxima = [i for i, metric in enumerate(metrics) if metric and not metric.additive]
 
     @functools.cached_property
     def factors(self) -> list[CostFactor]:
@@ -130,7 +132,13 @@ class CostTables:
 
     def deltas(self, plan: Plan) -> IntArray:
         """Change of cost when one site of ``plan`` switches to one level.  # (n_options, n_columns)"""
-        return self._costs.deltas(plan)[:, self.columns]
+        delta = self._costs.deltas(plan)[:, self.columns]
+        if self._maxima:  # a maximum has no differences of its own: whole plans tell
+            switched = np.tile(np.asarray(plan, np.int64), (self.n_options, 1))
+            switched[np.arange(self.n_options), self.site_of] = self.level_of
+            cost = self.cost(list(map(tuple, switched.tolist())))
+            delta[:, self._maxima] = (cost - self.cost([plan]))[:, self._maxima]
+        return delta
 
     def cheapest(self, weights: FloatArray) -> Plan:
         """A plan of low weighted cost: one-switch descent from uniform plans, the best end kept."""

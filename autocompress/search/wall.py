@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from autocompress.search.solver import Solver, holds, repair
+from autocompress.search.solver import Solver, repair
 from autocompress.search.sweep import OneSite
 from autocompress.search.tables import CostTables, switch
 from autocompress.types import IntArray, Plan, SearchSpace
@@ -114,13 +114,10 @@ class Wall:
                 for level in choices.milder[s].get(plan[s], ())
                 if (delta[tables.offsets[s] + level] <= room).all()
             ]
-            options.sort(key=lambda o: (-float((delta[o] / unit).sum()), o))
-            plans = [switch(plan, int(tables.site_of[o]), int(tables.level_of[o])) for o in options]
-            # a cost that is a maximum is not in the deltas: the true cost decides
-            better = next((p for p in plans if holds(tables.cost([p])[0], self.limit)), None)
-            if better is None:
+            if not options:
                 return plan
-            plan = better
+            best = min(options, key=lambda o: (-float((delta[o] / unit).sum()), o))
+            plan = switch(plan, int(tables.site_of[best]), int(tables.level_of[best]))
         return plan
 
 

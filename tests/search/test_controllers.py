@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from controller_contract import ControllerContract, problem, searched
-from toys import ToyLoss, chain, space_of
+from toys import PeakCosts, ToyLoss, chain, space_of
 
 from autocompress.errors import UnknownName
 from autocompress.search import CONTROLLERS
@@ -110,3 +110,12 @@ def test_tightest_of_two_budgets_on_one_cost_counts() -> None:
     best = searched(controller, ToyLoss(space, costs, budgets), 60).best(fidelity="full")
     assert best is not None
     assert best.costs["macs"] <= 0.4 * dense
+
+
+@pytest.mark.parametrize("name", ["evolution", "exact", "evopress", "bayes", "greedy", "random"])
+def test_a_peak_is_a_budget_like_any_other(name: str) -> None:
+    space = space_of(*[5] * 8)
+    costs = PeakCosts(space.n_levels)
+    budgets = [Budget("peak_mb", costs.cost([space.dense])[0, 1] * 1e-6 * 0.5)]
+    front = searched(CONTROLLERS[name](space, costs, budgets, 0), ToyLoss(space, costs, budgets), 30)
+    assert front.best(fidelity="full") is not None

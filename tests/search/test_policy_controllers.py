@@ -13,7 +13,7 @@ import pytest
 from controller_contract import ControllerContract, problem, searched
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import Shrink, ToyCosts, ToyLoss, chain, separable, space_of
+from toys import PeakCosts, Shrink, ToyCosts, ToyLoss, chain, separable, space_of
 
 from autocompress.errors import UsageError
 from autocompress.search import CONTROLLERS, Amc, BaseController, Conditional, Random, Reinforce
@@ -122,6 +122,16 @@ def test_filling_up_never_trades_one_method_for_another() -> None:
     costs = separable([4])
     choices = choices_of(space, costs)
     assert choices.milder == [{0: [], 1: [0], 2: [0], 3: [0, 1, 2]}]
+
+
+def test_a_peak_is_held_on_the_way() -> None:
+    space = space_of(*[5] * 6)
+    choices = choices_of(space, PeakCosts(space.n_levels))
+    wall = Wall(choices, (choices.dense_cost * np.array([0.7, 0.5])).astype(np.int64))
+    rng = random.Random(0)
+    plans = [walked(wall, [rng.random() for _ in range(6)]) for _ in range(20)]
+    assert wall.reachable
+    assert all(choices.tables.fits(plans, wall.limit))
 
 
 def test_limits_out_of_reach_become_the_nearest_plan() -> None:

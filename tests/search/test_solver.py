@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import ToyCosts, chain, separable, space_of
+from toys import PeakCosts, ToyCosts, chain, separable, space_of
 
 from autocompress.errors import UsageError
 from autocompress.search import elimination as eliminating
@@ -235,6 +235,21 @@ def test_a_function_over_too_many_levels_to_tabulate() -> None:
     found = Solver(tables).solve(losses, np.array([60]))
     assert found is not None
     assert found.plan == (2,) * 8
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.3, 0.9))
+def test_a_peak_is_held_though_no_factor_has_it(seed: int, share: float) -> None:
+    levels = [4] * 5
+    space = space_of(*levels)
+    tables = CostTables(space, PeakCosts(levels, seed), [0, 1])
+    losses = np.abs(random_losses(tables, seed))
+    limit = (tables.cost([space.dense])[0] * np.array([1.0, share])).astype(np.int64)
+    expected, found = brute_force(space, tables, losses, limit), Solver(tables).solve(losses, limit)
+    assert expected is not None
+    assert found is not None
+    assert holds(tables.cost([found.plan])[0], limit)
+    assert expected - 1e-9 <= found.loss <= 1.25 * expected + 0.05
 
 
 def test_solving_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:

@@ -74,6 +74,28 @@ class ToyCosts:
         return self.cost(switched) - self.cost([plan])
 
 
+class PeakCosts(ToyCosts):
+    """``macs``, and ``peak_mb``: what two neighbours keep together, at most; no factor and no difference has it."""
+
+    def __init__(self, n_levels: Sequence[int], seed: int = 0) -> None:
+        super().__init__(("macs", "peak_mb"), separable(n_levels, seed, ("macs", "peak_mb"))._factors, n_levels)
+
+    def cost(self, plans: Sequence[Plan]) -> IntArray:
+        total = super().cost(plans)
+        rows = np.array(plans, np.int64)
+        tables = [f.table[:, 1] for f in self._factors if f.table is not None]
+        kept = np.stack([table[rows[:, site]] for site, table in enumerate(tables)], axis=1)
+        total[:, 1] = (kept[:, 1:] + kept[:, :-1]).max(axis=1)
+        return total
+
+    def deltas(self, plan: Plan) -> IntArray:
+        return super().deltas(plan) * np.array([1, 0])
+
+    def factors(self) -> Sequence[CostFactor]:
+        blind = [(f.name, f.sites, f.table * np.array([1, 0])) for f in self._factors if f.table is not None]
+        return [CostFactor(*parts) for parts in blind]
+
+
 def separable(n_levels: Sequence[int], seed: int = 0, keys: tuple[str, ...] = ("macs",)) -> ToyCosts:
     """One falling table a site."""
     rng = np.random.default_rng(seed)
