@@ -36,7 +36,7 @@ def test_more_capacity_than_random_plans_of_the_size() -> None:
     costs, budget = target(0.3)
     [query] = Genetic(SPACE, costs, [budget], 0).ask(1)
     rng = random.Random(0)
-    plans = [tuple(rng.randrange(6) if rng.random() < share else 0 for _ in range(40)) for share in (0.7, 0.8) * 1000]
+    plans = [tuple(rng.randrange(6) if rng.random() < share else 0 for _ in range(40)) for share in (0.8, 0.9) * 1000]
     rows = costs.cost(plans)
     rivals = rows[rows[:, 0] * 1e-6 <= budget.limit]
     assert len(rivals) > 100
