@@ -119,21 +119,23 @@ class CostModel:
         return {key: float(v) * METRICS[key.partition("@")[0]].scale for key, v in zip(self.keys, row, strict=True)}
 
     def factors(self) -> list[CostFactor]:
-        """The same costs as small tables; ``peak_mb``, a maximum and not a sum, is zero in them."""
+        """The same costs as small tables over levels that an operator tells apart; ``peak_mb``, a maximum and not a sum, is
+        zero in them."""
         constant = np.zeros(len(self.keys), dtype=np.int64)
         constant[: len(self.additive_keys)] = self._overhead()
         factors = [CostFactor("overhead", (), constant)]
         for index, template in enumerate(self._templates):
-            counts = [self.space.n_levels[site] for site in template.sites]
+            merged = [self._features.classes(index, site) for site in template.sites]
+            counts = [len(first) for first, _ in merged]
 
             def rows(levels: IntArray, index: int = index, sites: tuple[int, ...] = template.sites) -> IntArray:
                 return np.pad(self._features.one_operator(index, sites, levels), ((0, 0), (0, 1)))
 
             table = None
             if math.prod(counts) <= MAX_TABLE:
-                grid = np.array(list(itertools.product(*(range(n) for n in counts))), dtype=np.int64)
+                grid = np.array(list(itertools.product(*(first for first, _ in merged))), dtype=np.int64)
                 table = rows(grid.reshape(math.prod(counts), len(counts))).reshape(*counts, len(self.keys))
-            factors.append(CostFactor(template.op.name, template.sites, table, rows))
+            factors.append(CostFactor(template.op.name, template.sites, table, rows, tuple(of for _, of in merged)))
         return factors
 
     def kernels(self, plan: Plan) -> list[tuple[str, tuple[Kernel, ...]]]:

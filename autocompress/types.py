@@ -183,7 +183,10 @@ class SearchSpace:
 
 @dataclass(frozen=True)
 class Metric:
-    """A quantity that can be budgeted. ``scale`` turns the integer base unit of cost tables into ``unit``."""
+    """A quantity that can be budgeted. ``scale`` turns the integer base unit of cost tables into ``unit``.
+
+    ``additive``: a sum over operators, not a maximum.
+    """
 
     name: str
     unit: str
@@ -191,6 +194,7 @@ class Metric:
     scale: float = 1.0
     per_device: bool = False
     quality: bool = False
+    additive: bool = True
 
 
 METRICS: dict[str, Metric] = {
@@ -200,7 +204,7 @@ METRICS: dict[str, Metric] = {
         Metric("size_mb", "MB", "bytes of the ONNX file / 1e6", 1e-6),
         Metric("macs", "", "multiply-accumulates of one example"),
         Metric("params", "", "number of weights and biases after folding of batch norm"),
-        Metric("peak_mb", "MB", "peak bytes of live activations of one example / 1e6", 1e-6),
+        Metric("peak_mb", "MB", "peak bytes of live activations of one example / 1e6", 1e-6, additive=False),
         Metric(
             "accuracy_drop", "points", "metric of the original minus metric of the compressed, in points", quality=True
         ),
@@ -362,15 +366,27 @@ class Costs(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class CostFactor:
-    """A summand of the cost: ``table[levels of sites..., key]`` in integer base units.
+    """A summand of the cost: ``table[classes of levels..., key]`` in integer base units.
 
+    ``classes``: level -> class of levels that always cost the same, one array a site; without them each level is one.
     ``table`` is ``None`` where it would be too large; ``cost(levels)`` then gives rows on demand.
     """
 
     name: str
     sites: tuple[int, ...]
-    table: IntArray | None  # (n_levels[sites[0]], ..., n_keys)
+    table: IntArray | None  # (classes of sites[0], ..., n_keys)
     cost: Callable[[IntArray], IntArray] | None = None  # (n, len(sites)) -> (n, n_keys)
+    classes: tuple[IntArray, ...] = ()
+
+    def rows(self, levels: IntArray) -> IntArray:
+        """Costs at levels of the sites.  # (n, len(sites)) -> (n, n_keys)"""
+        if self.table is None:
+            if self.cost is None:
+                raise ValueError(f"Cost factor {self.name!r} has neither a table nor a function.")
+            return self.cost(levels)
+        places = [of[own] for of, own in zip(self.classes, levels.T, strict=True)] if self.classes else levels.T
+        found: IntArray = self.table[tuple(places)]
+        return found if self.sites else np.broadcast_to(found, (len(levels), found.shape[-1]))
 
 
 # ---------------------------------------------------------------- asking and telling
