@@ -156,9 +156,14 @@ class _Run:
             made.database, made.costs, self.budgets, self.ledger, threads=torch.get_num_threads()
         )
         self.models = Models(
-            made.database, self.out / "models", recovery, self.evaluator.reference, self.cancelled, self._distilling
+            made.database,
+            self.out / "models",
+            recovery,
+            self.evaluator.measurer.reference,
+            self.cancelled,
+            self._distilling,
         )
-        self.evaluator.build, self.evaluator.recovery_key = self.models.deployed, self.models.recovery_key
+        self.evaluator.measurer.build, self.evaluator.recovery_key = self.models.deployed, self.models.recovery_key
         cost = next((b.key for b in self.budgets if not METRICS[b.metric].quality), LOCAL)
         self.front = ParetoFront([Objective("loss"), Objective(cost)])
 
