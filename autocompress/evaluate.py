@@ -47,7 +47,7 @@ class NoLedger:
 class Measurer:
     """Runs plans of one database and measures how they answer; what a worker process has, too.
 
-    ``build``: ``(plan, rung) -> deployed model``; by default stitched, or finished for ``refitted``, and nothing for ``recovered``
+    ``build``: ``(plan, rung) -> deployed model``; by default stitched, or finished for ``refitted``, nothing for ``recovered``
     (the pipeline gives one that knows distillation and keeps models on disk). Stitched rungs need no model of their own (see
     :mod:`~autocompress.stitched`), unless ``plain``; values are the same. ``limit``: bytes of activations to keep.
     """
@@ -114,8 +114,9 @@ class Measurer:
 
 
 class Workers(Protocol):
-    """Other processes with a :class:`Measurer` each."""
+    """Other processes with a :class:`Measurer` each. ``width``: how many plans they judge at once; ``rungs``: at which rungs."""
 
+    width: int
     rungs: tuple[Fidelity, ...]
 
     def measure(self, queries: Sequence[Query]) -> Iterator[tuple[int, Measured]]:
@@ -166,6 +167,11 @@ class ModelEvaluator:
             found.append(self._evaluation(query, known[key] if key else None, key not in fresh))
             fresh.discard(key or "")
         return found
+
+    @property
+    def width(self) -> int:
+        """How many plans are judged at the same time."""
+        return self.workers.width if self.workers is not None else 1
 
     def key(self, plan: Plan, fidelity: Fidelity) -> str:
         """The ledger's key of a plan at a rung."""

@@ -1,7 +1,7 @@
 """Running models of which others have already run a part: values are named by what they were computed from, and kept.
 
-A program is a list of steps; a step's digest names its operation, its weights and the digests of its inputs, so that equal digests
-are equal values, whichever plan asked first. A value is computed only when nothing nearer to the output is kept: layers before
+A program is a list of steps. A step's digest names its operation, its weights and the digests of its inputs: equal digests are
+equal values, whichever plan asked first. A value is computed only when nothing nearer to the output is kept: layers before
 the first changed one are not run again. What is computed is what a plain run computes, to the bit.
 
 Knows nothing of plans, tasks or databases.
