@@ -90,32 +90,32 @@ class Soft:
 class TopK:
     """The original's ``k`` most likely classes, and the mass of the rest as one class more.
 
-    ``log_p``: (n, k, ...) float32; ``index``: (n, k, ...) int32; ``log_rest``: (n, ...) float32. The KL between the coarsened
+    ``log_p``: (n, k, ...) float32; ``log_rest``: (n, ...) float32; ``index``: (n, k, ...) int32. The KL between the coarsened
     distributions is at most the true one (data processing), and short of it by exactly ``p_rest KL(p | rest || q | rest)``.
     """
 
     log_p: Tensor
-    index: Tensor
     log_rest: Tensor
+    index: Tensor
 
     @classmethod
     def of(cls, outputs: Tensor, k: int = TOP_K) -> TopK:
-        top, index = outputs.float().topk(k, 1)
-        log_p = top - outputs.float().logsumexp(1, keepdim=True)
-        return cls(log_p, index.to(torch.int32), _log_rest(log_p))
+        index = outputs.topk(k, 1).indices
+        return cls(*_coarse(outputs, index), index.to(torch.int32))
 
     def kl(self, outputs: Tensor) -> Tensor:
         """KL(original || these logits) in nats over ``k + 1`` classes.  # (n, ...)"""
-        logits = outputs.float()
-        log_q = logits.gather(1, self.index.long()) - logits.logsumexp(1, keepdim=True)
-        known = (self.log_p.double().exp() * (self.log_p.double() - log_q.double())).sum(1)
-        rest = self.log_rest.double()
-        return known + rest.exp() * (rest - _log_rest(log_q).double())
+        log_q, log_q_rest = (part.double() for part in _coarse(outputs, self.index.long()))
+        log_p, log_p_rest = self.log_p.double(), self.log_rest.double()
+        return (log_p.exp() * (log_p - log_q)).sum(1) + log_p_rest.exp() * (log_p_rest - log_q_rest)
 
 
-def _log_rest(log_p: Tensor) -> Tensor:
-    """Log of what probabilities leave to one.  # (n, ...)"""
-    return (1 - log_p.double().exp().sum(1)).clamp_min(1e-9).log().float()
+def _coarse(outputs: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the classes in ``index``, and of all others together.  # (n, k, ...), (n, ...)"""
+    logits = outputs.float()
+    total = logits.logsumexp(1, keepdim=True)
+    rest = logits.scatter(1, index, -torch.inf).logsumexp(1)
+    return logits.gather(1, index) - total, rest - total.squeeze(1)
 
 
 class Teacher:

@@ -58,8 +58,8 @@ Workers = Annotated[
     str | None,
     typer.Option(
         "--workers",
-        metavar="N|ray|ray://HOST:PORT",
-        help="Judge plans in N processes or on a Ray cluster; the front is the same.",
+        metavar="N|ray|URL",
+        help="Judge plans in N processes or on a Ray cluster (ray, ray://host:port); same front.",
     ),
 ]
 
