@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from autocompress.deploy import fold_norm
 from autocompress.errors import Cancelled, StoreError
 from autocompress.files import write_atomically
+from autocompress.fitness import images_last
 from autocompress.gram import (
     MAX_INPUTS,
     Moments,
@@ -133,8 +134,8 @@ class LevelDatabase:
             yield inputs
 
     def range_batches(self) -> Iterator[Tensor]:
-        """Inputs on which quantized activations are calibrated."""
-        return self._batches(RANGE_IMAGES)
+        """Inputs on which quantized activations are calibrated, as plans are judged."""
+        return map(images_last, self._batches(RANGE_IMAGES))
 
     def _measure_grams(self, names: Sequence[str]) -> dict[str, Tensor]:
         moments = {name: Moments() for name in names}

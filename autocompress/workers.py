@@ -11,6 +11,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -40,6 +41,7 @@ RUNGS: tuple[Fidelity, ...] = ("slice", "full", "refitted")
 """What workers judge; distillation stays with the parent, which shows its progress."""
 RAY_WIDTH = 16
 """Plans asked for together while nobody knows how many cores a cluster has."""
+CONNECT_SECONDS = 10
 TRIES = 3
 """A plan that ends so many workers is given up."""
 
@@ -281,8 +283,11 @@ class RayWorkers:
         ray = self.ray
         if not ray.is_initialized():
             try:
+                if self.address:  # Ray itself tries for minutes
+                    host, _, port = self.address.rpartition("/")[2].partition(":")
+                    socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
                 ray.init(address=self.address, log_to_driver=False, logging_level="ERROR")
-            except (ConnectionError, RuntimeError, ValueError) as error:
+            except (OSError, RuntimeError, ValueError) as error:
                 reason = str(error).strip().splitlines()[0]
                 raise WorkerError(f"No Ray cluster answers at {self.address or 'this machine'}: {reason}") from error
             self._connected = True

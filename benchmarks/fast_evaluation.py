@@ -59,7 +59,7 @@ def sweep(space: SearchSpace, rng: random.Random, n: int) -> Iterator[Plan]:
 
 
 def mutations(space: SearchSpace, rng: random.Random, n: int) -> Iterator[Plan]:
-    """Children of a few parents, eight each, by EvoPress' number of level switches: min(U{1..3}, U{1..3}) down and as many up."""
+    """Random parents with eight children each, by EvoPress' number of level switches: min(U{1..3}, U{1..3}) down and as many up."""
     parent = space.dense
     for i in range(n):
         if i % 8 == 0:

@@ -252,6 +252,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Address of a cluster of two nodes with one core each, in processes of their own."""
     pytest.importorskip("ray", reason="needs Ray: pip install autocompress[ray]")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 without it: nothing moves on a busy machine
     monkeypatch.setenv("PYTHONPATH", os.getcwd())  # the nodes find this version
     from ray.cluster_utils import Cluster
 
@@ -267,7 +268,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_a_ray_cluster_finds_the_same_and_a_killed_actor_is_replaced(
     made: tuple[LevelDatabase, Opening], cluster: str
 ) -> None:
-    asked, here = queries(made[0]), Measurer(made[0])
+    asked, here = queries(made[0], 4), Measurer(made[0])
     want = [values(here(q.plan, q.fidelity)) for q in asked]
     with RayWorkers(made[1], cluster) as running:
         first = dict(running.measure(asked))
