@@ -12,14 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 from torch import nn
 
+from autocompress.features import Feature, Features
 from autocompress.graph import Graph, Op
 from autocompress.methods import ChannelPruning, StaticInt8, WeightQuant, handler_of
 from autocompress.space import GROUP_4BIT
 from autocompress.types import METRICS, CostFactor, IntArray, Kernel, LatencyModel, Plan, SearchSpace, cost_key
 
+CHUNK = 512
+"""Plans that are looked at together."""
 MAX_TABLE = 4096
 """Entries of a factor's dense table; larger ones are given as a function."""
 NODE_BYTES, LAYER_BYTES, DEQUANTIZE_BYTES, QUANTIZED_BYTES = 100, 250, 180, 460
@@ -30,37 +32,18 @@ STATIC = ("macs", "params", "size_mb")
 
 
 @dataclass(frozen=True, eq=False)
-class _Width:
-    """Channels of one tensor: a constant part and, for each group on it, how many of its channels each level keeps."""
-
-    constant: int
-    sites: tuple[int, ...]
-    tables: tuple[IntArray, ...]
-
-    def of(self, plans: IntArray) -> IntArray:
-        """Widths of plans ``(n, n_sites)``.  # (n,)"""
-        total = np.full(len(plans), self.constant, dtype=np.int64)
-        for site, table in zip(self.sites, self.tables, strict=True):
-            total += table[plans[:, site]]
-        return total
-
-
-@dataclass(frozen=True, eq=False)
 class _Template:
-    """One operator with everything its cost depends on.
+    """One operator with everything its cost depends on: ``sites``, through ``features``.
 
-    ``flags``: for each tensor it reads and then the one it writes, the layer sites whose int8 levels quantize that tensor.
-    ``groups``: of a convolution as it is; 0 for one filter a channel, however many there are. ``bias``: the dense layer
-    has one, its own or its norm's. ``dense_inputs``: channels it reads when nothing is pruned.
+    ``features``: whether it runs, the level of its layer, the width of each tensor it reads and of the one it writes, and
+    whether an int8 level quantizes each of these tensors. ``groups``: of a convolution as it is; 0 for one filter a channel,
+    however many there are. ``bias``: the dense layer has one, its own or its norm's. ``dense_inputs``: channels it reads when
+    nothing is pruned.
     """
 
     op: Op
-    inputs: tuple[_Width, ...]
-    output: _Width
+    features: tuple[Feature, ...]
     layer_site: int | None
-    layer_level_count: int
-    block_sites: tuple[int, ...]
-    flags: tuple[tuple[int, ...], ...]
     sites: tuple[int, ...]
     groups: int = 1
     bias: bool = True
@@ -94,13 +77,13 @@ class CostModel:
         readers = [op.inputs[0] for op in graph.ops if op.inputs]
         self._given = {n.name for n in nodes if n.op == "placeholder" and readers.count(n.name) == 1}
         self._templates = tuple(self._template(op) for op in graph.ops)
-        self._memo: list[dict[tuple[int, ...], npt.NDArray[np.int64]]] = [{} for _ in self._templates]
+        self._features = Features([t.features for t in self._templates], space.n_levels, self._rows)
         self._live = self._live_results()
+        self._positions = np.array([math.prod(self._shape(t.op.result, 1)) for t in self._templates], dtype=np.int64)
         self.base_bytes = 0
         if dense_bytes is not None:
             column = self.additive_keys.index("size_mb")
-            predicted = int(self._additive(np.zeros((1, len(space.sites)), dtype=np.int64))[0, column])
-            self.base_bytes = dense_bytes - predicted
+            self.base_bytes = dense_bytes - int(self.cost([space.dense])[0, column])
 
     # ------------------------------------------------------------ the columns
 
@@ -115,7 +98,20 @@ class CostModel:
     def cost(self, plans: Sequence[Plan]) -> IntArray:
         """Integer base units: nanoseconds a device, MACs, weights, bytes, bytes.  # (n_plans, n_keys)"""
         matrix = np.asarray(plans, dtype=np.int64).reshape(len(plans), len(self.space.sites))
-        return np.concatenate([self._additive(matrix), self._peak(matrix)[:, None]], axis=1)
+        parts = [self._cost(matrix[i : i + CHUNK]) for i in range(0, len(matrix), CHUNK)]
+        return np.concatenate([np.zeros((0, len(self.keys)), dtype=np.int64), *parts])
+
+    def _cost(self, plans: IntArray) -> IntArray:
+        values = self._features.values(plans)
+        additive = self._features.rows(values).sum(axis=1) + self._overhead()
+        return np.concatenate([additive, self._peak(values)[:, None]], axis=1)
+
+    def deltas(self, plan: Plan) -> IntArray:
+        """Change of the additive costs when one site of ``plan`` switches to one level, zero for ``peak_mb``.
+
+        Options are numbered site by site, level by level.  # (n_options, n_keys)
+        """
+        return np.pad(self._features.deltas(plan), ((0, 0), (0, 1)))
 
     def in_units(self, plan: Plan) -> dict[str, float]:
         """One plan's costs by key, in the metrics' units."""
@@ -130,12 +126,8 @@ class CostModel:
         for index, template in enumerate(self._templates):
             counts = [self.space.n_levels[site] for site in template.sites]
 
-            def rows(levels: IntArray, index: int = index, template: _Template = template) -> IntArray:
-                plans = np.zeros((len(levels), len(self.space.sites)), dtype=np.int64)
-                plans[:, list(template.sites)] = levels
-                return np.concatenate(
-                    [self._op_costs(index, plans), np.zeros((len(levels), 1), dtype=np.int64)], axis=1
-                )
+            def rows(levels: IntArray, index: int = index, sites: tuple[int, ...] = template.sites) -> IntArray:
+                return np.pad(self._features.one_operator(index, sites, levels), ((0, 0), (0, 1)))
 
             table = None
             if math.prod(counts) <= MAX_TABLE:
@@ -146,11 +138,12 @@ class CostModel:
 
     def kernels(self, plan: Plan) -> list[tuple[str, tuple[Kernel, ...]]]:
         """What runs for a plan: operator name and its kernels; dropped operators have none."""
-        matrix = np.asarray([plan], dtype=np.int64)
-        return [
-            (template.op.name, self._lower(template, tuple(self._features(template, matrix)[0].tolist())))
-            for template in self._templates
-        ]
+        return [(t.op.name, self._lower(t, row)) for t, row in zip(self._templates, self.seen(plan), strict=True)]
+
+    def seen(self, plan: Plan) -> list[tuple[int, ...]]:
+        """Each operator's features under a plan; see :class:`_Template`."""
+        values = self._features.values(np.asarray([plan], dtype=np.int64))[0]
+        return [self._features.of_operator(values, i) for i in range(len(self._templates))]
 
     def all_kernels(self, plans: Sequence[Plan]) -> list[Kernel]:
         """Every distinct kernel of some plans, in a stable order: what a profile must know."""
@@ -158,7 +151,8 @@ class CostModel:
 
     # ------------------------------------------------------------ templates
 
-    def _width(self, node: str) -> _Width:
+    def _width(self, node: str) -> Feature:
+        """Channels of one tensor: a constant part and, for each group on it, how many of its channels each level keeps."""
         ids = self.graph.values[node].ids
         constant, sites, tables = len(ids), [], []
         for group in self.graph.groups:
@@ -174,7 +168,12 @@ class CostModel:
             ]
             sites.append(site)
             tables.append(np.array([copies * k // width for k in kept], dtype=np.int64))
-        return _Width(constant, tuple(sites), tuple(tables))
+        return Feature(constant, tuple(sites), tuple(tables))
+
+    def _quantized(self, node: str) -> Feature:
+        """Whether an int8 level quantizes a tensor."""
+        sites = self._touching.get(self._made_by[node], ())
+        return Feature(0, sites, tuple(self._int8[site].astype(np.int64) for site in sites), "any")
 
     def _results(self) -> dict[str, str]:
         """Node -> the node that wrote its tensor: an operator's result or an input, through flattening and the like."""
@@ -207,18 +206,20 @@ class CostModel:
             for block in self.graph.blocks
             if f"block:{block.name}" in self._site and (op.node in block.body or op.node == block.add)
         )
-        inputs = tuple(self._width(name) for name in op.inputs)
-        output = self._width(op.result)
-        flags = tuple(self._touching.get(self._made_by[name], ()) for name in (*op.inputs, op.result))
-        sites = [*(s for width in (*inputs, output) for s in width.sites), *blocks, *(s for f in flags for s in f)]
+        level = Feature(0)
         if layer_site is not None:
-            sites.append(layer_site)
-        count = len(self.space.levels[layer_site]) if layer_site is not None else 1
+            level = Feature(0, (layer_site,), (np.arange(self.space.n_levels[layer_site]),))
+        tensors = (*op.inputs, op.result)
+        features = (
+            Feature(0, blocks, tuple((np.arange(self.space.n_levels[s]) > 0).astype(np.int64) for s in blocks), "none"),
+            level,
+            *(self._width(name) for name in tensors),
+            *(self._quantized(name) for name in tensors),
+        )
+        sites = tuple(sorted({site for feature in features for site in feature.sites}))
         groups, bias = self._form(op)
         dense = len(self.graph.values[op.inputs[0]].ids) if op.inputs else 0
-        return _Template(
-            op, inputs, output, layer_site, count, blocks, flags, tuple(sorted(set(sites))), groups, bias, dense
-        )
+        return _Template(op, features, layer_site, sites, groups, bias, dense)
 
     def _form(self, op: Op) -> tuple[int, bool]:
         """Groups and bias of a layer, see :class:`_Template`; a layer without a site is found by its node."""
@@ -232,28 +233,11 @@ class CostModel:
             return 1, bias
         return (0 if module.groups == module.in_channels else module.groups), bias
 
-    def _features(self, template: _Template, plans: IntArray) -> IntArray:
-        """What the kernel sees, as columns: alive, layer level, widths in, width out, a flag a tensor.  # (n, ...)"""
-        n = len(plans)
-        alive = np.ones(n, dtype=np.int64)
-        for site in template.block_sites:
-            alive &= plans[:, site] == 0
-        level = plans[:, template.layer_site] if template.layer_site is not None else np.zeros(n, dtype=np.int64)
-        columns = [alive, level, *(width.of(plans) for width in template.inputs), template.output.of(plans)]
-        for sites in template.flags:
-            flag = np.zeros(n, dtype=bool)
-            for site in sites:
-                flag |= self._int8[site][plans[:, site]]
-            columns.append(flag.astype(np.int64))
-        features = np.stack(columns, axis=1)
-        features[alive == 0] = 0
-        return features
-
     def _lower(self, template: _Template, features: tuple[int, ...]) -> tuple[Kernel, ...]:
         """The kernels of one operator at given features, quantizing nodes included."""
         if not features[0]:
             return ()
-        op, n = template.op, len(template.inputs)
+        op, n = template.op, len(template.op.inputs)
         widths, flags = features[2 : 3 + n], features[3 + n :]
         in_shape = self._shape(op.inputs[0] if op.inputs else op.result, widths[0] if n else widths[-1])
         out_shape = self._shape(op.result, widths[-1])
@@ -292,23 +276,17 @@ class CostModel:
 
     # ------------------------------------------------------------ sums
 
-    def _op_costs(self, index: int, plans: IntArray) -> IntArray:
-        """Additive costs of one operator.  # (n, n_additive)"""
-        template, memo = self._templates[index], self._memo[index]
-        unique, inverse = np.unique(self._features(template, plans), axis=0, return_inverse=True)
-        missing = [row for row in map(tuple, unique.tolist()) if row not in memo]
-        if missing:
-            lowered = [self._lower(template, row) for row in missing]
-            flat = [kernel for kernels in lowered for kernel in kernels]
-            times = [profile.predict_ns(flat) for profile in self.profiles.values()]
-            start = 0
-            for row, kernels in zip(missing, lowered, strict=True):
-                end = start + len(kernels)
-                static = self._static(template, row, kernels)
-                memo[row] = np.array([*(int(t[start:end].sum()) for t in times), *static], dtype=np.int64)
-                start = end
-        table = np.stack([memo[row] for row in map(tuple, unique.tolist())])
-        return table[inverse.reshape(-1)]
+    def _rows(self, asked: Sequence[tuple[int, tuple[int, ...]]]) -> IntArray:
+        """Additive costs of operators at given features.  # (n, n_additive)"""
+        lowered = [self._lower(self._templates[index], features) for index, features in asked]
+        flat = [kernel for kernels in lowered for kernel in kernels]
+        owner = np.repeat(np.arange(len(asked)), [len(kernels) for kernels in lowered])
+        rows = np.zeros((len(asked), len(self.additive_keys)), dtype=np.int64)
+        for column, profile in enumerate(self.profiles.values()):
+            np.add.at(rows[:, column], owner, profile.predict_ns(flat) if flat else [])
+        for row, (index, features), kernels in zip(rows, asked, lowered, strict=True):
+            row[len(self.profiles) :] = self._static(self._templates[index], features, kernels)
+        return rows
 
     def _static(self, template: _Template, row: tuple[int, ...], kernels: Sequence[Kernel]) -> IntArray:
         """MACs, parameters and bytes of an operator; of two factors only the second has the bias."""
@@ -325,7 +303,7 @@ class CostModel:
         if template.op.kind == "batch_norm":  # factor, shift, mean and variance of each channel
             total += np.array([0, 4 * row[3], 16 * row[3]])
         written = row[-1] + (len(heavy) > 1 and heavy[0].format == "int8")
-        flags = row[3 + len(template.inputs) :]
+        flags = row[3 + len(template.op.inputs) :]
         written += sum(flag for name, flag in zip(template.op.inputs, flags, strict=False) if name in self._given)
         total[2] += written * QUANTIZED_BYTES
         return total
@@ -335,14 +313,8 @@ class CostModel:
         fixed = [int(getattr(profile, "overhead_ns", 0)) for profile in self.profiles.values()]
         return np.array([*fixed, 0, 0, self.base_bytes], dtype=np.int64)
 
-    def _additive(self, plans: IntArray) -> IntArray:
-        total = np.tile(self._overhead(), (len(plans), 1))
-        for index in range(len(self._templates)):
-            total = total + self._op_costs(index, plans)
-        return np.asarray(total, dtype=np.int64)
-
-    def _live_results(self) -> list[list[int]]:
-        """For each operator in order: which operators' results are live while it runs, itself included."""
+    def _live_results(self) -> IntArray:
+        """For each operator in order: which operators' results are live while it runs, itself included.  # (n_ops, n_ops)"""
         producer = {t.op.result: i for i, t in enumerate(self._templates)}
         last: dict[int, int] = {i: i for i in range(len(self._templates))}
         for i, template in enumerate(self._templates):
@@ -350,17 +322,19 @@ class CostModel:
                 made = producer.get(self._made_by[name])
                 if made is not None:
                     last[made] = max(last[made], i)
-        return [[j for j in range(i + 1) if last[j] >= i] for i in range(len(self._templates))]
+        order = np.arange(len(self._templates))
+        until = np.array([last[i] for i in range(len(self._templates))], dtype=np.int64)
+        live: IntArray = ((order <= order[:, None]) & (until >= order[:, None])).astype(np.int64)
+        return live
 
-    def _peak(self, plans: IntArray) -> IntArray:
-        """Most bytes of live activations of one example while any operator runs.  # (n,)"""
-        sizes = np.zeros((len(plans), len(self._templates)), dtype=np.int64)
-        for i, template in enumerate(self._templates):
-            features = self._features(template, plans)
-            positions = math.prod(self._shape(template.op.result, 1))
-            sizes[:, i] = features[:, 2 + len(template.inputs)] * positions * np.where(features[:, -1] > 0, 1, 4)
-        steps = [sizes[:, live].sum(axis=1) for live in self._live]
-        return np.asarray(np.max(np.stack(steps, axis=1), axis=1), dtype=np.int64)
+    def _peak(self, values: IntArray) -> IntArray:
+        """Most bytes of live activations of one example while any operator runs, by features.  # (n,)"""
+        inputs = np.array([len(t.op.inputs) for t in self._templates], dtype=np.int64)
+        width = values[:, self._features.starts + 2 + inputs]  # (n, n_ops)
+        quantized = values[:, self._features.starts + self._features.counts - 1]
+        sizes = width * self._positions * np.where(quantized > 0, 1, 4)
+        peak: IntArray = (sizes @ self._live.T).max(axis=1)
+        return peak
 
 
 def _static_costs(kernel: Kernel, bias: bool) -> IntArray:
@@ -369,10 +343,10 @@ def _static_costs(kernel: Kernel, bias: bool) -> IntArray:
     biases = outputs * bias
     if kernel.format == "float":
         size = 4 * weights + 4 * biases
-    elif kernel.format == "int8":  # scale and zero point of the weights; integers and scale of the bias
+    elif kernel.format == "int8":  # scales and zero points of the weights; integers and scale of the bias
         size = weights + 5 * outputs + 8 * biases + DEQUANTIZE_BYTES * (1 + bias)
     elif kernel.format == "w8":
-        size = weights + 4 * outputs + 4 * biases + DEQUANTIZE_BYTES
+        size = weights + 5 * outputs + 4 * biases + DEQUANTIZE_BYTES
     else:
         blocks = -(-kernel.in_shape[0] // kernel.groups // GROUP_4BIT) * kernel.kernel[0] * kernel.kernel[1]
         size = -(-weights // 2) + 4 * outputs * blocks + 4 * biases + DEQUANTIZE_BYTES

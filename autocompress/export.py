@@ -50,7 +50,7 @@ def export_onnx(
     example_inputs: Tensor | Sequence[Tensor],
     path: Path | str,
     *,
-    int8_format: Int8Format = "u8s8",
+    int8_format: Int8Format = "u8u8",
     opset: int | None = None,
     expected: Mapping[str, int] | None = None,
     exporters: Sequence[Exporter] = EXPORTERS,

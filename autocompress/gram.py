@@ -8,6 +8,7 @@ rows at equal error).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -38,14 +39,28 @@ def positions(layer: nn.Module, outputs: Tensor, per_image: int, generator: torc
 
 def unfold(layer: nn.Module, x: Tensor, where: Tensor | None = None) -> Tensor:
     """Input rows of a layer with a last column of ones.  # (rows, in * kh * kw + 1)"""
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, nn.Conv2d) and where is not None:
+        rows = _windows(layer, x, where)
+    elif isinstance(layer, nn.Conv2d):
         columns = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
-        columns = columns if where is None else columns[:, :, where]
         rows = columns.transpose(1, 2).reshape(-1, columns.shape[1])
     else:
         rows = x.reshape(len(x), -1, x.shape[-1])
         rows = (rows if where is None else rows[:, where]).reshape(-1, x.shape[-1])
     return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+
+
+def _windows(layer: nn.Conv2d, x: Tensor, where: Tensor) -> Tensor:
+    """What a convolution reads at some output positions only: a few of a thousand.  # (n * len(where), in * kh * kw)"""
+    (down, right), (high, wide) = layer.stride, layer.dilation
+    top, left = cast("tuple[int, int]", layer.padding)  # one written as a text has no Gram matrix, see unfolded_size
+    kh, kw = layer.kernel_size
+    width = (x.shape[3] + 2 * left - wide * (kw - 1) - 1) // right + 1
+    y = (where // width * down)[:, None] + torch.arange(kh) * high  # (positions, kh)
+    z = (where % width * right)[:, None] + torch.arange(kw) * wide  # (positions, kw)
+    padded = F.pad(x, (left, left, top, top))
+    windows = padded[:, :, y[:, :, None], z[:, None, :]]  # (n, in, positions, kh, kw)
+    return windows.permute(0, 2, 1, 3, 4).reshape(len(x) * len(where), -1)
 
 
 def output_rows(layer: nn.Module, y: Tensor, where: Tensor | None = None) -> Tensor:

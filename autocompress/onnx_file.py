@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from autocompress.errors import UnsupportedModel, UsageError, VerificationError
 from autocompress.methods.quantization import ActivationQuant, PackedWeight
+from autocompress.onnx_quant import UNSIGNED_ZERO
 
 FloatArray = npt.NDArray[np.float32]
 Arrays = tuple[FloatArray, ...]
@@ -57,7 +58,7 @@ class Artifact:
     opset: int
     exporter: Literal["dynamo", "legacy"]
     fallback_reason: str | None = None
-    int8_format: str = "u8s8"
+    int8_format: str = "u8u8"
     coverage: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
 
@@ -263,7 +264,10 @@ def _check_grids(model: nn.Module, proto: onnx.ModelProto) -> None:
             own[f"{name}.weight_scale"] = packed.scale.numpy()
             own[f"{name}.weight_int{packed.bits}"] = packed.integers.numpy()
         for key in [k for k in own if k in tensors]:
-            found = numpy_helper.to_array(tensors[key]).astype(own[key].dtype)
+            found = numpy_helper.to_array(tensors[key])
+            if found.dtype == np.uint8:
+                found = found.astype(np.int16) - UNSIGNED_ZERO
+            found = found.astype(own[key].dtype)
             if not (np.array_equal(found, own[key]) or np.array_equal(found.T, own[key])):
                 raise VerificationError(f"{key} in the exported model is not the one that was searched.")
 

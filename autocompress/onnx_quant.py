@@ -3,7 +3,7 @@
 The exporters see every quantized weight and tensor as an opaque node of the domain :data:`DOMAIN`, so neither of them
 can fold, merge or rename it. :func:`insert_quantization` then puts the integers of the search in its place:
 
-* weight: ``DequantizeLinear(int8 or int4 initializer)``, a scale a channel or a block of ``group`` inputs;
+* weight: ``DequantizeLinear(8-bit or int4 initializer)``, a scale a channel or a block of ``group`` inputs;
 * activation: ``QuantizeLinear`` and ``DequantizeLinear`` with one scale a tensor;
 * bias of an int8 layer: an int32 initializer with scale ``input scale * weight scale``, as ``QLinearConv`` defines it.
 
@@ -30,7 +30,12 @@ BLOCK_OPSET = 21
 FUSED_BLOCKS = (16, 32, 64, 128, 256)
 """Block sizes that ONNX Runtime's MatMulNBits takes."""
 
-Int8Format = Literal["u8s8", "s8s8"]
+Int8Format = Literal["u8s8", "s8s8", "u8u8"]
+"""Types of activations and weights; the integers mean the same numbers in all of them. x86 processors without VNNI add pairs of
+products of ``u8s8`` (and of ``s8s8``, which ONNX Runtime turns into it) in 16 bits, where they saturate: such a file then
+computes something else, without a word. ``u8u8`` is exact everywhere."""
+UNSIGNED_ZERO = 128
+"""What stands for zero in an unsigned weight."""
 FloatArray = npt.NDArray[np.float32]
 
 INTEGER_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger")
@@ -64,7 +69,7 @@ def family(packed: PackedWeight) -> str:
     return "int8" if packed.activations else f"w{packed.bits}"
 
 
-def insert_quantization(model: ModelProto, grids: Grids, int8_format: Int8Format = "u8s8") -> None:
+def insert_quantization(model: ModelProto, grids: Grids, int8_format: Int8Format = "u8u8") -> None:
     """Replace every marker of ``model`` in place and drop the float weights they stood on.
 
     Raises :class:`VerificationError` naming the layers whose marker the exporter lost.
@@ -152,11 +157,13 @@ class _Surgeon:
         self.weight_outputs[layer] = output
         attributes: dict[str, Any] = {"axis": axis} | ({"block_size": packed.group} if packed.group else {})
         stored = initializer_name(layer, packed)
-        self.made[stored] = integer_tensor(stored, integers, packed.bits)
+        unsigned = packed.bits == 8 and self.int8_format == "u8u8"
+        self.made[stored] = integer_tensor(stored, integers, packed.bits, unsigned)
         inputs = [stored, self._constant(f"{layer}.weight_scale", scale)]
-        if packed.activations:
+        if packed.activations or unsigned:
             # Zero is the default, but ONNX Runtime 1.32 fuses a Gemm only where it is written out.
-            inputs.append(self._constant(f"{layer}.weight_zero_point", np.zeros(scale.shape, np.int8)))
+            zero = np.full(scale.shape, UNSIGNED_ZERO, np.uint8) if unsigned else np.zeros(scale.shape, np.int8)
+            inputs.append(self._constant(f"{layer}.weight_zero_point", zero))
         self.nodes.append(
             helper.make_node("DequantizeLinear", inputs, [output], f"{layer}.weight_dequantize", **attributes)
         )
@@ -166,7 +173,7 @@ class _Surgeon:
         grid = self.grids.activations[name]
         self.seen_activations.add(name)
         scale = self._constant(f"{name}.scale", np.asarray(grid.scale, np.float32))
-        zero = np.uint8(grid.zero_point) if self.int8_format == "u8s8" else np.int8(grid.zero_point - 128)
+        zero = np.int8(grid.zero_point - 128) if self.int8_format == "s8s8" else np.uint8(grid.zero_point)
         zero_point = self._constant(f"{name}.zero_point", np.asarray(zero))
         source, output = marker.input[0], marker.output[0]
         quantized = f"{output}_quantized"
@@ -281,9 +288,14 @@ class _Surgeon:
         return self.grids.activations[_name(source)]
 
 
-def integer_tensor(name: str, integers: npt.NDArray[np.int8], bits: int) -> TensorProto:
-    """An int8 initializer, or an int4 one with two values a byte, the first in the low half (ONNX IR, 4-bit types)."""
+def integer_tensor(name: str, integers: npt.NDArray[np.int8], bits: int, unsigned: bool = False) -> TensorProto:
+    """An 8-bit initializer, or an int4 one with two values a byte, the first in the low half (ONNX IR, 4-bit types).
+
+    ``unsigned`` 8-bit values are stored with :data:`UNSIGNED_ZERO` added.
+    """
     if bits == 8:
+        if unsigned:
+            integers = (integers.astype(np.int16) + UNSIGNED_ZERO).astype(np.uint8)
         return numpy_helper.from_array(np.ascontiguousarray(integers), name)
     flat = np.ascontiguousarray(integers).reshape(-1).view(np.uint8) & 0xF
     flat = np.append(flat, np.uint8(0)) if flat.size % 2 else flat
@@ -293,13 +305,13 @@ def integer_tensor(name: str, integers: npt.NDArray[np.int8], bits: int) -> Tens
 
 def stored_as_integers(model: ModelProto, grids: Grids) -> dict[str, list[str]]:
     """Family -> layers whose weight is in the file as integers of the right type and shape, and in no other form."""
-    types = {8: TensorProto.INT8, 4: TensorProto.INT4}
+    types = {8: (TensorProto.INT8, TensorProto.UINT8), 4: (TensorProto.INT4,)}
     tensors = {t.name: t for t in model.graph.initializer}
     found: dict[str, list[str]] = {}
     for layer, packed in grids.weights.items():
         tensor = tensors.get(initializer_name(layer, packed))
         whole = tensor is not None and int(np.prod(tensor.dims)) == packed.integers.numel()
-        if whole and tensor is not None and tensor.data_type == types[packed.bits] and f"{layer}.weight" not in tensors:
+        if whole and tensor is not None and tensor.data_type in types[packed.bits] and f"{layer}.weight" not in tensors:
             found.setdefault(family(packed), []).append(layer)
     return found
 
@@ -338,7 +350,7 @@ def why_float(model: ModelProto, layer: str) -> str:
     if node.op_type == "Conv" and any(n.op_type != "QuantizeLinear" for n in readers):
         return f"its output is not quantized before {readers[0].op_type}"
     return "ONNX Runtime does not fuse it on this CPU" + (
-        "; int8 activations with several readers stay float where only uint8 is native, export as u8s8"
+        "; int8 activations with several readers stay float where only uint8 is native, export as u8u8"
         if signed
         else ""
     )

@@ -153,7 +153,7 @@ class _Run:
             self._search(self.budgets)
         self._refit()
         deliveries = self._timed(self._chosen())
-        if not any(self._holds(d) for d in deliveries):
+        if sum(self._holds(d) for d in deliveries) < RECOVERED:
             deliveries = self._correct(deliveries)
         deliveries = self._recover(deliveries)
         return self._finish(deliveries)
@@ -272,11 +272,10 @@ class _Run:
         return all(b.violation(delivery.value(b.key)) == 0 for b in self.budgets if not METRICS[b.metric].quality)
 
     def _correct(self, deliveries: list[Delivery]) -> list[Delivery]:
-        """Predictions were too low for every candidate: correct them by what was measured, and search once more."""
-        ratio = max(
-            (d.measured[LOCAL] / d.evaluation.costs[LOCAL] for d in deliveries if LOCAL in d.evaluation.costs),
-            default=1.0,
-        )
+        """Too few plans hold the budgets as measured, though others were predicted to: correct the prediction by what they
+        took, and search once more."""
+        promised = [d for d in deliveries if self._cheap_enough(d.evaluation) and not self._holds(d)]
+        ratio = max((d.measured[LOCAL] / d.evaluation.costs[LOCAL] for d in promised), default=1.0)
         tight = [
             Budget(b.metric, b.limit * SPARE / ratio, False, b.device) if b.key == LOCAL and ratio > 1 else b
             for b in self.budgets

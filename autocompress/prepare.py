@@ -20,8 +20,9 @@ from autocompress.errors import Cancelled, UnknownName
 from autocompress.export import export_onnx
 from autocompress.files import cache_dir, write_json
 from autocompress.graph import IS_OUTPUT, Graph, trace
-from autocompress.hwprofiles import HardwareProfile, known_profiles, load_profile, measure_local, measure_ms
+from autocompress.hwprofiles import HardwareProfile, exact_int8, known_profiles, load_profile, measure_local, measure_ms
 from autocompress.onnx_file import Artifact, sha256_of
+from autocompress.onnx_quant import Int8Format
 from autocompress.recover import Recovery, recover
 from autocompress.results import Request
 from autocompress.search import check_feasible
@@ -58,9 +59,11 @@ class Prepared:
     notes: tuple[str, ...]
 
     @property
-    def int8_format(self) -> Any:
-        """The int8 form that is fast on the first device, or the usual one."""
-        return next((p.int8_format for p in self.profiles.values()), "u8s8")
+    def int8_format(self) -> Int8Format:
+        """The int8 form that is fast on the first device; one that is exact everywhere without a device, and where this host,
+        which verifies the file, computes that form wrong."""
+        fast: Int8Format = next((p.int8_format for p in self.profiles.values()), "u8u8")
+        return fast if fast in exact_int8() else "u8u8"
 
 
 def prepare(

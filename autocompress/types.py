@@ -332,6 +332,11 @@ class Costs(Protocol):
         """Costs in integer base units (ns, bytes, MACs).  # (n_plans, n_keys)"""
         ...
 
+    def deltas(self, plan: Plan) -> IntArray:
+        """Change of each cost that is a sum when one site of ``plan`` switches to one level; options are numbered site by
+        site.  # (n_options, n_keys)"""
+        ...
+
     def factors(self) -> Sequence[CostFactor]:
         """The same costs as a sum of small tables, for exact solvers: their sum equals :meth:`cost`."""
         ...

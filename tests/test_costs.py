@@ -130,6 +130,19 @@ def test_the_factors_sum_to_the_cost(seed: int, made: dict[str, tuple[LevelDatab
         assert (total[:-1] == row[:-1]).all()
 
 
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_deltas_are_differences_of_costs(seed: int, made: dict[str, tuple[LevelDatabase, CostModel]]) -> None:
+    database, costs = made[NAMES[seed % len(NAMES)]]
+    space = database.space
+    for plan in [*plans_of(space, 2, seed), space.sample(random.Random(seed))]:
+        switched = [
+            (*plan[:site], level, *plan[site + 1 :]) for site, n in enumerate(space.n_levels) for level in range(n)
+        ]
+        want = costs.cost(switched) - costs.cost([plan])
+        assert (costs.deltas(plan)[:, :-1] == want[:, :-1]).all()
+
+
 def test_costs_do_not_depend_on_the_company(made: dict[str, tuple[LevelDatabase, CostModel]]) -> None:
     """One plan alone, in a batch and asked of a fresh model costs the same."""
     database, costs = made["mobilenet"]
@@ -157,10 +170,9 @@ def test_quantized_tensors_are_those_of_the_stitched_model(
             for node in model.graph.nodes
             if node.op == "call_module" and isinstance(model.get_submodule(node.target), ActivationQuant)
         }
-        matrix = np.array([plan])
         charged = set()
-        for template in costs._templates:
-            flags = costs._features(template, matrix)[0][3 + len(template.inputs) :]
+        for template, features in zip(costs._templates, costs.seen(plan), strict=True):
+            flags = features[3 + len(template.op.inputs) :]
             names = [costs._made_by[n] for n in (*template.op.inputs, template.op.result)]
             charged |= {n for n, flag in zip(names, flags, strict=True) if flag}
         assert charged == placed, database.space.describe(plan)
@@ -265,9 +277,8 @@ def test_a_width_table_sums_over_groups(made: dict[str, tuple[LevelDatabase, Cos
             runner = torch.fx.Interpreter(model, garbage_collect_values=False)
             runner.run(networks.images(1))
         shapes = {node.name: value.shape for node, value in runner.env.items() if isinstance(value, Tensor)}
-        for template in costs._templates:
-            width = int(template.output.of(np.array([plan]))[0])
-            assert width == shapes[template.op.result][1]
+        for template, features in zip(costs._templates, costs.seen(plan), strict=True):
+            assert features[2 + len(template.op.inputs)] == shapes[template.op.result][1]
 
 
 def test_a_layer_with_integer_weights_between_integers_is_charged_as_what_runs(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from autocompress import export
 from autocompress.errors import UnknownName, UnsupportedModel, UsageError, VerificationError
 from autocompress.export import export_onnx
+from autocompress.hwprofiles import exact_int8
 from autocompress.methods.quantization import ActivationQuant, pack_weight
 from autocompress.onnx_file import open_session, parity, sha256_of
 from autocompress.onnx_quant import INTEGER_KERNELS, integer_tensor
@@ -141,20 +142,47 @@ def test_files_shrink_with_their_weights(tmp_path):
     weights = sum(p.numel() for n, p in deployed("float").named_parameters() if n.endswith("weight"))
     dense, w8, w4 = size("float"), size("w8"), size("w4 by channel")
     scales = 4 * 16 * len(LAYERS)
-    assert dense - w8 == pytest.approx(3 * weights, abs=scales + 1500)
-    assert w8 - w4 == pytest.approx(weights / 2, abs=500)
+    assert dense - w8 == pytest.approx(3 * weights, abs=scales + 2500)  # names
+    assert w8 - w4 == pytest.approx(weights / 2, abs=1500)
 
 
-def test_signed_activations_compute_the_same(tmp_path):
+def test_all_forms_of_int8_mean_the_same(tmp_path):
+    """Without optimizations any host computes them; those that this host computes exactly are exported and verified."""
     model, x = deployed("int8"), examples(32)
     outputs = {}
-    for form in ("u8s8", "s8s8"):
+    for form in exact_int8():
         artifact = export_onnx(model, x, tmp_path / f"{form}.onnx", int8_format=form, exporters=["legacy"])
         outputs[form] = open_session(artifact.path, optimization="off").run(None, {"input": x.numpy()})[0]
-        types = {t.data_type for t in onnx.load(artifact.path).graph.initializer if t.name.endswith(".zero_point")}
-        assert types == {TensorProto.UINT8 if form == "u8s8" else TensorProto.INT8}
+        tensors = onnx.load(artifact.path).graph.initializer
+        activations = {t.data_type for t in tensors if t.name.endswith(".zero_point")}
+        weights = {t.data_type for t in tensors if t.name.endswith(("weight_int8", "weight_zero_point"))}
+        types = {"u": {TensorProto.UINT8}, "s": {TensorProto.INT8}}
+        assert (activations, weights) == (types[form[0]], types[form[2]])
         assert form == "s8s8" or not artifact.missing
-    np.testing.assert_allclose(outputs["u8s8"], outputs["s8s8"], atol=1e-2 * np.ptp(outputs["u8s8"]))
+    for found in outputs.values():
+        np.testing.assert_allclose(found, outputs["u8u8"], atol=1e-2 * np.ptp(found))
+
+
+@pytest.mark.parametrize("kind", ["int8", "w8"])
+def test_a_form_that_this_host_computes_wrong_is_never_handed_out(kind, tmp_path):
+    """Large weights behind large activations saturate 16-bit sums where the processor lacks VNNI."""
+    layer = nn.Conv2d(64, 8, 3, padding=1)
+    with torch.no_grad():
+        layer.weight.copy_(torch.where(layer.weight > 0, 1.0, -1.0))
+        layer.weight[:, :32], layer.bias[:] = 1.0, 0.0
+    layer.packed = pack_weight(layer.weight, 8, 0, kind == "int8")
+    layer.weight = nn.Parameter(layer.packed.dequantize(), requires_grad=False)
+    model = nn.Sequential(ActivationQuant(0.0, 1.0), layer, ActivationQuant(0.0, 400.0)).eval()
+    x = torch.rand(8, 64, 6, 6, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.8
+    x *= torch.linspace(0.2, 1.0, 8)[:, None, None, None]
+    for form in ("u8s8", "s8s8", "u8u8"):
+        path = tmp_path / f"{form}.onnx"
+        if form in exact_int8():
+            assert export_onnx(model, x, path, int8_format=form).sha256 == sha256_of(path)
+        else:
+            with pytest.raises(VerificationError, match="differs from torch"):
+                export_onnx(model, x, path, int8_format=form)
+            assert not path.exists()
 
 
 def test_batch_is_dynamic_and_one_example_suffices(tmp_path):
@@ -222,7 +250,7 @@ def test_one_layer_called_twice_keeps_one_weight_and_two_biases(tmp_path):
     torch.manual_seed(0)
     export_onnx(trace(Twice()), examples(), tmp_path / "model.onnx", exporters=["legacy"])
     names = Counter(t.data_type for t in onnx.load(tmp_path / "model.onnx").graph.initializer)
-    assert (names[TensorProto.INT8] - 1, names[TensorProto.INT32]) == (1, 2)  # weight and its zero point; two biases
+    assert names[TensorProto.INT32] == 2  # two biases
     assert operators(tmp_path / "model.onnx")["QLinearConv"] == 2
 
 

@@ -139,3 +139,20 @@ def test_layers_without_a_least_squares_form_say_so() -> None:
         nn.BatchNorm2d(4),
     ):
         assert unfolded_size(layer) == 0
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 1)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    seed=st.integers(0, 10**6),
+)
+def test_windows_at_some_positions_are_those_of_the_whole_unfolding(kernel, stride, padding, dilation, seed) -> None:
+    layer = nn.Conv2d(3, 5, kernel, stride, padding, dilation)
+    x = torch.randn(2, 3, 9, 11, generator=torch.Generator().manual_seed(seed))
+    n = layer(x)[0, 0].numel()
+    where = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: max(1, n // 3)]
+    everything = unfold(layer, x).reshape(2, n, -1)
+    assert torch.equal(unfold(layer, x, where), everything[:, where].reshape(2 * len(where), -1))

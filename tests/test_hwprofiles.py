@@ -19,6 +19,7 @@ from autocompress.hwprofiles import (
     Layout,
     compare,
     default_grid,
+    exact_int8,
     fastest_int8,
     known_profiles,
     load_profile,
@@ -102,7 +103,7 @@ class TestMeasured:
         assert measured.runtime_version == ort.__version__
         assert measured.how["kernels_measured"] == len(measured.entries)
         assert measured.overhead_ns > 0 and measured.noise_floor >= 0
-        assert set(measured.int8_evidence) == {"u8s8_ms", "s8s8_ms", "float_ms"}
+        assert set(measured.int8_evidence) == {"u8s8_ms", "s8s8_ms", "u8u8_ms", "float_ms"}
         assert measured.host["cpu"] and measured.layout.block in (1, 8, 16)
 
     def test_file_gives_the_same_profile(self, measured: HardwareProfile, tmp_path: Path) -> None:
@@ -279,7 +280,7 @@ class TestFiles:
             ({"noise_floor": -0.1}, "noise_floor is a number of at least 0"),
             ({"overhead_ns": "fast"}, "overhead_ns is a number"),
             ({"overhead_ns": float("nan")}, "overhead_ns is a number"),
-            ({"int8_format": "u8u8"}, "int8_format is one of u8s8, s8s8"),
+            ({"int8_format": "u4u4"}, "int8_format is one of u8s8, s8s8, u8u8"),
             ({"device": None}, "device is a text"),
             ({"layout": []}, "one is not"),
             ({"entries": [1]}, "one is not"),
@@ -387,7 +388,8 @@ class TestBench:
 def test_noise_and_int8_form_of_this_host() -> None:
     assert 0 <= noise_floor(seconds=0.3) < 2
     form, evidence = fastest_int8(seconds=0.5)
-    assert evidence[f"{form}_ms"] == min(evidence["u8s8_ms"], evidence["s8s8_ms"])
+    assert "u8u8" in exact_int8()
+    assert evidence[f"{form}_ms"] == min(evidence[f"{exact}_ms"] for exact in exact_int8())
 
 
 def test_nothing_to_measure_is_an_error() -> None:

@@ -6,6 +6,7 @@ from autocompress.hwprofiles.bench import Comparison, Timing, compare, measure_m
 from autocompress.hwprofiles.measure import (
     default_grid,
     describe_host,
+    exact_int8,
     fastest_int8,
     measure_default,
     measure_local,
@@ -24,6 +25,7 @@ __all__ = [
     "compare",
     "default_grid",
     "describe_host",
+    "exact_int8",
     "fastest_int8",
     "known_profiles",
     "load_profile",

@@ -9,7 +9,9 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-Int8Format = Literal["u8s8", "s8s8"]
+Int8Format = Literal["u8s8", "s8s8", "u8u8"]
+SCALE = 0.05
+"""Step of every quantized tensor."""
 W4_GROUP = 32
 """Input channels that share one scale of a 4-bit weight."""
 _FUSED = {
@@ -32,7 +34,7 @@ class GraphBuilder:
     Weights are drawn with ``seed``: the time of dense kernels does not depend on their values.
     """
 
-    def __init__(self, shape: tuple[int, ...], int8: Int8Format = "u8s8", seed: int = 0) -> None:
+    def __init__(self, shape: tuple[int, ...], int8: Int8Format = "u8u8", seed: int = 0) -> None:
         self.shape, self.int8, self.input = shape, int8, "x"
         self._rng = np.random.default_rng(seed)
         self._nodes: list[onnx.NodeProto] = []
@@ -62,8 +64,8 @@ class GraphBuilder:
 
     def quantize(self, x: str, name: str, back: str = "") -> str:
         """``QuantizeLinear`` and ``DequantizeLinear`` (named ``back``) on one grid: zero point 0, or -128 if signed."""
-        zero = np.uint8(0) if self.int8 == "u8s8" else np.int8(-128)
-        grid = [self.constant(f"{name}_scale", np.float32(0.05)), self.constant(f"{name}_zero", zero)]
+        zero = np.int8(-128) if self.int8 == "s8s8" else np.uint8(0)
+        grid = [self.constant(f"{name}_scale", np.float32(SCALE)), self.constant(f"{name}_zero", zero)]
         quantized = self.node("QuantizeLinear", [x, *grid], f"{name}_Q")
         return self.node("DequantizeLinear", [quantized, *grid], f"{back or name}_DQ")
 
@@ -105,9 +107,11 @@ class GraphBuilder:
             return self.constant(name, (self._rng.standard_normal(shape) * 0.05).astype(np.float32))
         if form == "w4":
             return self._int4(name, shape, 1 - out_axis)
-        integers = self.constant(f"{name}_q", self._rng.integers(-127, 128, shape, dtype=np.int8))
+        drawn = self._rng.integers(-127, 128, shape)
+        offset, dtype = (128, np.uint8) if self.int8 == "u8u8" else (0, np.int8)
+        integers = self.constant(f"{name}_q", (drawn + offset).astype(dtype))
         # Without an explicit zero point ONNX Runtime leaves a Gemm in float and dequantizes its weight in every run.
-        zero = self.constant(f"{name}_z", np.zeros(shape[out_axis], np.int8))
+        zero = self.constant(f"{name}_z", np.full(shape[out_axis], offset, dtype))
         inputs = [integers, self.constant(f"{name}_s", np.full(shape[out_axis], 0.002, np.float32)), zero]
         self._nodes.append(helper.make_node("DequantizeLinear", inputs, [name], f"{name}_dq", axis=out_axis))
         return name
@@ -128,7 +132,7 @@ class GraphBuilder:
         """A bias; int32 with scale ``input scale * weight scale`` where the layer runs in int8."""
         if form != "int8":
             return self.constant(name, np.zeros(width, np.float32))
-        scale = self.constant(f"{name}_s", np.full(width, 0.05 * 0.002, np.float32))
+        scale = self.constant(f"{name}_s", np.full(width, SCALE * 0.002, np.float32))
         return self.node_named(name, "DequantizeLinear", [self.constant(f"{name}_q", np.zeros(width, np.int32)), scale])
 
     def node_named(self, output: str, op: str, inputs: list[str]) -> str:

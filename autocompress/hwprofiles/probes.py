@@ -65,7 +65,7 @@ class Probe:
         ]
 
 
-def build_probe(kernel: Kernel, batch: int = 1, int8: Int8Format = "u8s8") -> Probe | None:
+def build_probe(kernel: Kernel, batch: int = 1, int8: Int8Format = "u8u8") -> Probe | None:
     """The probe of a kernel, or ``None`` where there is none (its family is then named by ``explains``)."""
     maker = _MAKERS.get(kernel.kind)
     if maker is None or (len(kernel.in_shape) not in (1, 2, 3)):

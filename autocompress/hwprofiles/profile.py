@@ -37,7 +37,7 @@ class HardwareProfile:
     """What is known of a device; a ``LatencyModel``.
 
     ``overhead_ns``: what one run costs beside its kernels (add it once a network). ``noise_floor``: median relative
-    difference of the same network timed twice in one round. ``int8_format``: the faster of the two forms of quantized
+    difference of the same network timed twice in one round. ``int8_format``: the fastest form of quantized
     activations, with the times behind it in ``int8_evidence`` (ms). ``layout``: how channels are rounded. ``how``:
     warm-up, rounds and what was left out. ``host``: CPU model, flags, cores, system.
     """
@@ -52,7 +52,7 @@ class HardwareProfile:
     entries: tuple[Entry, ...]
     overhead_ns: float = 0.0
     noise_floor: float = 0.0
-    int8_format: Int8Format = "u8s8"
+    int8_format: Int8Format = "u8u8"
     int8_evidence: Mapping[str, float] = field(default_factory=dict)
     layout: Layout = field(default_factory=Layout)
     host: Mapping[str, Any] = field(default_factory=dict)

@@ -13,7 +13,7 @@ def residual_network(
     form: Format = "float",
     size: int = 32,
     batch: int = 1,
-    int8: Int8Format = "u8s8",
+    int8: Int8Format = "u8u8",
     seed: int = 0,
     stem: int | None = None,
 ) -> tuple[bytes, list[Kernel]]:

@@ -38,8 +38,10 @@ class NodeEvent:
     output_shape: tuple[int, ...]
 
 
-def open_session(model: bytes | Path, threads: int, trace: Path | None = None) -> ort.InferenceSession:
-    """A session on the CPU provider with all optimizations, ``threads`` workers and sequential execution.
+def open_session(
+    model: bytes | Path, threads: int, trace: Path | None = None, *, optimized: bool = True
+) -> ort.InferenceSession:
+    """A session on the CPU provider with all optimizations (or none), ``threads`` workers and sequential execution.
 
     Workers spin while they wait (ONNX Runtime's default): lowest latency for one model on an otherwise idle host.
     ``trace`` is the prefix of the profiler's file. Raises ``UsageError`` when the model cannot be loaded.
@@ -48,6 +50,8 @@ def open_session(model: bytes | Path, threads: int, trace: Path | None = None) -
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
+    if not optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if trace is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(trace)
     source = str(model) if isinstance(model, Path) else model

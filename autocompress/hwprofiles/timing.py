@@ -88,7 +88,7 @@ class Setting:
 
     threads: int = 1
     batch: int = 1
-    int8: Int8Format = "u8s8"
+    int8: Int8Format = "u8u8"
 
 
 def time_kernels(

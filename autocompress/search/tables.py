@@ -9,7 +9,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -128,19 +127,7 @@ class CostTables:
 
     def deltas(self, plan: Plan) -> IntArray:
         """Change of cost when one site of ``plan`` switches to one level.  # (n_options, n_columns)"""
-        out = np.zeros((self.n_options, len(self.columns)), np.int64)
-        for factor in self.factors:
-            here: tuple[Any, ...] = tuple(plan[s] for s in factor.sites)
-            for position, site in enumerate(factor.sites):
-                if factor.table is not None:
-                    rows = factor.table[(*here[:position], slice(None), *here[position + 1 :])]
-                else:
-                    levels = np.tile(np.array(here, np.int64), (self.n_levels[site], 1))
-                    levels[:, position] = np.arange(self.n_levels[site])
-                    assert factor.cost is not None  # CostTables._compile checked
-                    rows = factor.cost(levels)
-                out[self.offsets[site] : self.offsets[site + 1]] += rows - rows[here[position]]
-        return out
+        return self._costs.deltas(plan)[:, self.columns]
 
     def cheapest(self, weights: FloatArray) -> Plan:
         """A plan of low weighted cost: one-switch descent from uniform plans, the best end kept."""

@@ -38,7 +38,7 @@ def test_bound_of_projected_tables_stays_below_the_minimum(monkeypatch: pytest.M
 def test_the_message_names_budget_limit_bound_and_what_holds_it() -> None:
     fixed = CostFactor("stem", (), np.array([5_000_000]))
     small = CostFactor("head", (0,), np.array([[3_000_000], [1_000_000], [2_000_000]]))
-    costs = ToyCosts(("latency_ms@local",), [small, fixed])
+    costs = ToyCosts(("latency_ms@local",), [small, fixed], LEVELS)
     with pytest.raises(InfeasibleBudget) as caught:
         check_feasible(SPACE, costs, [Budget.parse("latency_ms<=50%@local")])
     assert str(caught.value) == (
@@ -48,7 +48,7 @@ def test_the_message_names_budget_limit_bound_and_what_holds_it() -> None:
 
 
 def test_contradictory_budgets_are_both_named() -> None:
-    costs = ToyCosts(("macs", "params"), [CostFactor("conv", (0,), np.array([[9, 9], [1, 9], [9, 1]]))])
+    costs = ToyCosts(("macs", "params"), [CostFactor("conv", (0,), np.array([[9, 9], [1, 9], [9, 1]]))], LEVELS)
     check_feasible(SPACE, costs, [Budget("macs", 5)])
     check_feasible(SPACE, costs, [Budget("params", 5)])
     with pytest.raises(InfeasibleBudget, match=r"'macs<=5' and 'params<=5' can each be met, but not by one plan"):
@@ -57,7 +57,7 @@ def test_contradictory_budgets_are_both_named() -> None:
 
 def test_three_budgets_that_only_clash_together() -> None:
     rows = np.array([[9, 9, 9], [1, 1, 9], [1, 9, 1], [9, 1, 1]])
-    costs = ToyCosts(("macs", "params", "size_mb"), [CostFactor("conv", (1,), rows)])
+    costs = ToyCosts(("macs", "params", "size_mb"), [CostFactor("conv", (1,), rows)], LEVELS)
     budgets = [Budget("macs", 5), Budget("params", 5), Budget("size_mb", 5e-6)]
     check_feasible(SPACE, costs, budgets[:2])
     with pytest.raises(InfeasibleBudget, match="cannot be met by one plan"):

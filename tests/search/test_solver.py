@@ -103,7 +103,7 @@ def test_a_function_over_too_many_levels_to_tabulate() -> None:
         heights: IntArray = 100 - 20 * rows.min(axis=1, keepdims=True)
         return heights
 
-    costs = ToyCosts(("peak_mb",), [CostFactor("peak", tuple(range(8)), None, peak)])
+    costs = ToyCosts(("peak_mb",), [CostFactor("peak", tuple(range(8)), None, peak)], levels)
     tables = CostTables(space, costs, [0])
     losses = np.where(tables.level_of > 0, 1.0 * tables.level_of, 0.0)
     found = Solver(tables).solve(losses, np.array([60]))

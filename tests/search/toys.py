@@ -43,8 +43,8 @@ def space_of(*n_levels: int, kind: str = "channels") -> SearchSpace:
 class ToyCosts:
     """A cost model that is given by its factors."""
 
-    def __init__(self, keys: tuple[str, ...], factors: Sequence[CostFactor]) -> None:
-        self._keys, self._factors = keys, tuple(factors)
+    def __init__(self, keys: tuple[str, ...], factors: Sequence[CostFactor], n_levels: Sequence[int]) -> None:
+        self._keys, self._factors, self.n_levels = keys, tuple(factors), n_levels
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -67,6 +67,12 @@ class ToyCosts:
                 total += factor.cost(levels)
         return total
 
+    def deltas(self, plan: Plan) -> IntArray:
+        switched = [
+            (*plan[:site], level, *plan[site + 1 :]) for site, n in enumerate(self.n_levels) for level in range(n)
+        ]
+        return self.cost(switched) - self.cost([plan])
+
 
 def separable(n_levels: Sequence[int], seed: int = 0, keys: tuple[str, ...] = ("macs",)) -> ToyCosts:
     """One falling table a site."""
@@ -76,7 +82,7 @@ def separable(n_levels: Sequence[int], seed: int = 0, keys: tuple[str, ...] = ("
         size = rng.integers(500, 5000, len(keys))
         share = np.linspace(1, 0.1, n)[:, None] * rng.uniform(0.9, 1.1, (n, len(keys)))
         factors.append(CostFactor(f"layer{site}", (site,), (size * share).astype(np.int64)))
-    return ToyCosts(keys, factors)
+    return ToyCosts(keys, factors, n_levels)
 
 
 def _look_up(table: IntArray, levels: IntArray) -> IntArray:
@@ -96,7 +102,7 @@ def chain(n_levels: Sequence[int], seed: int = 0, keys: tuple[str, ...] = ("macs
             factors.append(CostFactor(f"conv{a}", (a, a + 1), None, function))
         else:
             factors.append(CostFactor(f"conv{a}", (a, a + 1), table))
-    return ToyCosts(keys, factors)
+    return ToyCosts(keys, factors, n_levels)
 
 
 @dataclass
