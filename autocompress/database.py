@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from autocompress.deploy import fold_norm
 from autocompress.errors import Cancelled, StoreError
 from autocompress.files import write_atomically
+from autocompress.fitness import images_last
 from autocompress.gram import (
     MAX_INPUTS,
     Moments,
@@ -132,6 +133,10 @@ class LevelDatabase:
         for inputs, _ in self.task.batches(self.task.calibration.take(n), BATCH):
             yield inputs
 
+    def range_batches(self) -> Iterator[Tensor]:
+        """Inputs on which quantized activations are calibrated, as plans are judged."""
+        return map(images_last, self._batches(RANGE_IMAGES))
+
     def _measure_grams(self, names: Sequence[str]) -> dict[str, Tensor]:
         moments = {name: Moments() for name in names}
         generator = torch.Generator().manual_seed(self.seed)
@@ -239,22 +244,27 @@ class LevelDatabase:
         """The live model of a plan at the database's rung of refit (dense inputs)."""
 
         def make(layer: Layer, columns: npt.NDArray[np.intp], rows: npt.NDArray[np.intp]) -> dict[str, nn.Module]:
-            steps = self.layer_steps(plan, layer.name)
-            pruned = len(columns) < len(layer.inputs) and not layer.depthwise
-            reshaped = any(isinstance(step, LowRank) for step in steps)
-            if not pruned and not reshaped:
-                return self.sliced(layer, columns, rows, steps)
-            weight, bias = self.refitted(layer, columns)
-            gram = self.gram(layer.name)
-            if gram is not None:
-                kept = torch.cat([columns_of(columns, weight[0, 0].numel()), torch.tensor([len(gram) - 1])])
-                gram = gram[kept][:, kept]
-            index = torch.from_numpy(rows)
-            return self.neutral(layer, weight[index], bias[index], gram, steps)
+            return self.layer_modules(layer, columns, rows, self.layer_steps(plan, layer.name))
 
         model = rebuild(self.graph, self.keep(plan), self.dropped(plan), make)
         self.place_quantizers(model, plan)
         return model
+
+    def layer_modules(
+        self, layer: Layer, columns: npt.NDArray[np.intp], rows: npt.NDArray[np.intp], steps: Sequence[object]
+    ) -> dict[str, nn.Module]:
+        """The live layer, and its norm if it has one, at these channels: all that a plan decides about it."""
+        pruned = len(columns) < len(layer.inputs) and not layer.depthwise
+        reshaped = any(isinstance(step, LowRank) for step in steps)
+        if not pruned and not reshaped:
+            return self.sliced(layer, columns, rows, steps)
+        weight, bias = self.refitted(layer, columns)
+        gram = self.gram(layer.name)
+        if gram is not None:
+            kept = torch.cat([columns_of(columns, weight[0, 0].numel()), torch.tensor([len(gram) - 1])])
+            gram = gram[kept][:, kept]
+        index = torch.from_numpy(rows)
+        return self.neutral(layer, weight[index], bias[index], gram, steps)
 
     def sliced(
         self, layer: Layer, columns: npt.NDArray[np.intp], rows: npt.NDArray[np.intp], steps: Sequence[object]
@@ -327,7 +337,7 @@ class LevelDatabase:
                 setattr(model.get_submodule(parent), leaf, nn.Sequential(module[0], RangeObserver(), module[1]))
         model.recompile()
         with torch.no_grad():
-            for inputs in self._batches(RANGE_IMAGES):
+            for inputs in self.range_batches():
                 model(inputs)
         freeze_ranges(model)
 

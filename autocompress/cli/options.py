@@ -54,6 +54,14 @@ RecoverSteps = Annotated[
 ]
 Batch = Annotated[int, typer.Option("--batch", help="Batch size at which latency is predicted and measured.")]
 Threads = Annotated[int, typer.Option("--threads", help="Threads for evaluation; 0 takes all cores.")]
+Workers = Annotated[
+    str | None,
+    typer.Option(
+        "--workers",
+        metavar="N|ray|URL",
+        help="Judge plans in N processes or on a Ray cluster (ray, ray://host:port); same front.",
+    ),
+]
 
 ALL_METHODS = ",".join(METHOD_FAMILIES)
 DEFAULT_IMPORTANCE: str = Request.model_fields["importance"].default
