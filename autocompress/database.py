@@ -68,6 +68,7 @@ class LevelDatabase:
         settings = [VERSION, task.hash, GRAM_IMAGES, ROWS_PER_INPUT, TAYLOR_IMAGES, seed]
         self.folder = root / digest(settings)
         self.key = digest([settings, self.importance])
+        self.batch_size = min(BATCH, task.batch_size)
         self._grams: dict[str, Tensor] = {}
         self._orders: dict[str, npt.NDArray[np.int64]] = {}
         self._cache: OrderedDict[tuple[object, ...], Weights] = OrderedDict()
@@ -129,7 +130,7 @@ class LevelDatabase:
         return unfolded_size(self.graph.module.get_submodule(name))
 
     def _batches(self, n: int) -> Iterator[Tensor]:
-        for inputs, _ in self.task.batches(self.task.calibration.take(n), BATCH):
+        for inputs, _ in self.task.batches(self.task.calibration.take(n), self.batch_size):
             yield inputs
 
     def _measure_grams(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -161,7 +162,7 @@ class LevelDatabase:
             return {group.name: obs_order(self.graph, group, self.folded, self.gram) for group in groups}
         if self.importance == "taylor" and groups:
             split = self.task.calibration.take(TAYLOR_IMAGES)
-            scores = taylor_importance(self.graph, groups, self.task.batches(split, BATCH), self.task.loss)
+            scores = taylor_importance(self.graph, groups, self.task.batches(split, self.batch_size), self.task.loss)
         else:
             scores = {group.name: l2_importance(self.graph, group) for group in groups}
         return {name: np.argsort(-score, kind="stable").astype(np.int64) for name, score in scores.items()}

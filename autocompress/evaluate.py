@@ -26,8 +26,8 @@ from autocompress.finish import finish
 from autocompress.tasks import Split, Task
 from autocompress.types import METRICS, Budget, Evaluation, Fidelity, Ledger, Plan, Query, digest
 
-SLICE = 256
-BATCH = 128
+KL_NUMBERS = 2**23
+"""Logits that are compared at once, in float64: 64 MB a temporary."""
 
 
 class NoLedger:
@@ -68,7 +68,7 @@ class ModelEvaluator:
         self.build = build or self._build
         self.counts: dict[Fidelity, int] = {}
         self.seconds: dict[Fidelity, float] = {}
-        self._key = digest([database.key, SLICE, BATCH, threads])
+        self._key = digest([database.key, self.task.slice_size, self.task.batch_size, threads])
         self.recovery_key = recovery_key
         self._reference: Tensor | None = None
 
@@ -116,16 +116,13 @@ class ModelEvaluator:
         return total
 
     def _measure(self, plan: Plan, fidelity: Fidelity) -> dict[str, float | None]:
-        split = self.task.search.take(SLICE) if fidelity == "slice" else self.task.search
+        split = self.task.search.take(self.task.slice_size) if fidelity == "slice" else self.task.search
         outputs = forward(self.build(plan, fidelity), self.task, split)
         reference = self.reference()[: len(outputs)]
         loss = fitness(self.task, outputs, reference, split.targets)
-        metric = self.task.metric(outputs, split.targets)
-        drop = self.task.metric(reference, split.targets) - metric
-        drop = round(
-            drop * self.task.points * (1 if self.task.higher_is_better else -1), 9
-        )  # 3 of 300 are 1 point, no more
-        found = {"loss": loss, "metric": metric, "accuracy_drop": drop}
+        before, after = (float(self.task.score(o, split.targets).double().mean()) for o in (reference, outputs))
+        drop = round(self.task.drop_of(before - after), 9)  # 3 of 300 are 1 point, no more
+        found = {"loss": loss, "metric": self.task.metric_of(after), "accuracy_drop": drop}
         return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
     def reference(self) -> Tensor:
@@ -143,14 +140,23 @@ VALUES = ("loss", "metric", "accuracy_drop")
 def forward(model: nn.Module, task: Task, split: Split) -> Tensor:
     """Outputs of a model on a split.  # (n, ...)"""
     with torch.inference_mode():
-        return torch.cat([model(inputs) for inputs, _ in task.batches(split, BATCH)])
+        return torch.cat([model(inputs) for inputs, _ in task.batches(split, task.batch_size)])
 
 
 def fitness(task: Task, outputs: Tensor, reference: Tensor, targets: Tensor) -> float:
     """What the search minimizes: KL(original || compressed) in nats, squared error, or the task's own loss."""
     if task.fitness == "kl":
-        log_p, log_q = functional.log_softmax(reference.double(), 1), functional.log_softmax(outputs.double(), 1)
-        return float((log_p.exp() * (log_p - log_q)).sum(1).mean())
+        return _kl(reference, outputs, task.class_axis)
     if task.fitness == "mse":
         return float((outputs.double() - reference.double()).pow(2).mean())
     return float(np.float64(task.loss(outputs, targets)))
+
+
+def _kl(reference: Tensor, outputs: Tensor, axis: int) -> float:
+    """Mean over all rows of logits, in nats; a few examples at a time, as float64 logits of a vocabulary are large."""
+    n = max(1, KL_NUMBERS // max(1, outputs[:1].numel()))
+    total = 0.0
+    for p, q in zip(reference.split(n), outputs.split(n), strict=True):
+        log_p, log_q = functional.log_softmax(p.double(), axis), functional.log_softmax(q.double(), axis)
+        total += float((log_p.exp() * (log_p - log_q)).sum())
+    return total * outputs.shape[axis] / outputs.numel()

@@ -173,9 +173,24 @@ class _MarkedLayer(nn.Module):
         return nn.functional.linear(x, weight, self.bias)
 
 
+class _PlainRMSNorm(nn.Module):
+    """An RMSNorm in plain operators: the legacy exporter has none, and ONNX Runtime fuses this form."""
+
+    def __init__(self, norm: nn.RMSNorm) -> None:
+        super().__init__()
+        self.weight, self.axes = norm.weight, list(range(-len(norm.normalized_shape), 0))
+        self.eps = norm.eps if norm.eps is not None else torch.finfo(torch.float32).eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = x / torch.sqrt(x.pow(2).mean(self.axes, keepdim=True) + self.eps)
+        return normed if self.weight is None else normed * self.weight
+
+
 def _marked(model: nn.Module, grids: Grids, exporter: Exporter) -> nn.Module:
     """A copy of ``model`` whose quantized weights and tensors are markers."""
     marked = copy.deepcopy(model)
+    for name, norm in [(n, m) for n, m in marked.named_modules() if n and isinstance(m, nn.RMSNorm)]:
+        marked.set_submodule(name, _PlainRMSNorm(norm))
     for name in grids.activations:
         marked.set_submodule(name, _MarkedActivation(name, exporter))
     for name in grids.weights:

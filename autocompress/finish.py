@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from autocompress.database import BATCH, RANGE_IMAGES, LevelDatabase, RangeObserver, freeze_ranges
+from autocompress.database import RANGE_IMAGES, LevelDatabase, RangeObserver, freeze_ranges
 from autocompress.deploy import fold_norm, set_submodule
 from autocompress.errors import Cancelled
 from autocompress.gram import Moments, output_rows, positions, solve, unfold
@@ -163,7 +163,7 @@ class _Refit:
 
     def _recalibrate(self, node: fx.Node) -> None:
         """Ranges of the compressed model as it is now, on as many inputs as at the database's rung."""
-        seen = self.env[node.all_input_nodes[0]][: -(-RANGE_IMAGES // BATCH)]
+        seen = self.env[node.all_input_nodes[0]][: -(-RANGE_IMAGES // self.database.batch_size)]
         low, high = min(float(b.min()) for b in seen), max(float(b.max()) for b in seen)
         set_submodule(self.model, str(node.target), ActivationQuant(low, high))
 
@@ -179,7 +179,7 @@ class _Refit:
         """Ranges between the two factors of an int8 low-rank layer."""
         module = self.model.get_submodule(layer.name)
         if isinstance(module, nn.Sequential) and any(isinstance(part, RangeObserver) for part in module):
-            for batch in self.env[source][: -(-RANGE_IMAGES // BATCH)]:
+            for batch in self.env[source][: -(-RANGE_IMAGES // self.database.batch_size)]:
                 module(batch)
             freeze_ranges(module)
 

@@ -106,7 +106,15 @@ def _notes(graph: Graph, request: Request) -> tuple[str, ...]:
     if "channels" not in request.methods:
         return ()
     refused = {name: why for name, why in graph.refused.items() if why != IS_OUTPUT}  # that one goes without saying
-    return tuple(f"Channels of {name} are not pruned: {why}." for name, why in refused.items())
+    alike: dict[str, list[str]] = {}
+    for name, why in refused.items():
+        alike.setdefault(why, []).append(name)
+    return tuple(f"Channels of {_enumerated(names)} are not pruned: {why}." for why, names in alike.items())
+
+
+def _enumerated(names: Sequence[str]) -> str:
+    """The first names and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _original(database: LevelDatabase, out: Path) -> Artifact:
@@ -189,7 +197,7 @@ def recovery_of(request: Request, made: Prepared, out: Path) -> Recovery | None:
         per_step = _seconds_per_step(made, request.seed)
         steps = max(20, int(60 * request.recover_minutes / per_step) // 10 * 10)
         write_json(record, {"steps": steps, "seconds_per_step": per_step, "minutes": request.recover_minutes})
-    return Recovery(steps=steps, seed=request.seed)
+    return Recovery(steps=steps, batch_size=made.task.batch_size, seed=request.seed)
 
 
 def _seconds_per_step(made: Prepared, seed: int) -> float:
@@ -197,7 +205,10 @@ def _seconds_per_step(made: Prepared, seed: int) -> float:
     small = replace(made.task, search=made.task.search.take(1))
     with torch.no_grad():
         reference = made.graph.module(small.inputs(small.search))
-    live, trial = made.database.stitch(made.space.dense), Recovery(steps=6, checks=1, seed=seed)
+    live, trial = (
+        made.database.stitch(made.space.dense),
+        Recovery(steps=6, batch_size=made.task.batch_size, checks=1, seed=seed),
+    )
     start = time.process_time()  # not the wall clock: another process must not shorten the training
     recover(live, made.graph.module, small, trial, reference)
     return (time.process_time() - start) / torch.get_num_threads() / trial.steps

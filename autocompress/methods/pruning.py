@@ -48,10 +48,14 @@ class BlockDrop(MethodConfig):
         return "drop"
 
 
-def width_levels(width: int, importance: Importance) -> tuple[Level, ...]:
-    """Widths in steps of ``max(4, width / 8)``, dense first; device-neutral, so a plan means the same everywhere."""
-    step = max(4, width // 8)
-    keeps = [k for k in range(width - step, 0, -step) if k >= min(4, width)]
+def width_levels(width: int, importance: Importance, copies: int = 1) -> tuple[Level, ...]:
+    """Widths in steps of ``max(4, width / 8)`` channels, dense first; device-neutral, so a plan means the same everywhere.
+
+    ``copies``: channels that one of them stands for (an attention head's are many); then single ones may go.
+    """
+    least = max(1, 4 // copies)
+    step = max(least, width // 8)
+    keeps = [k for k in range(width - step, 0, -step) if k >= min(least, width)]
     return (Level(), *(Level((ChannelPruning(k, width, importance),)) for k in keeps))
 
 
@@ -101,7 +105,8 @@ def taylor_importance(
         with torch.enable_grad():
             for inputs, targets in batches:
                 saved.clear()
-                value = loss(model(inputs.clone().requires_grad_(True)), targets)  # type: ignore[operator]
+                inputs = inputs.clone().requires_grad_(inputs.is_floating_point())  # token ids have no gradient
+                value = loss(model(inputs), targets)  # type: ignore[operator]
                 (value * len(inputs)).backward()
                 for name, x in saved.items():
                     assert x.grad is not None
