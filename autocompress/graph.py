@@ -226,11 +226,13 @@ def _left_alone(module: fx.GraphModule, layers: Mapping[str, Layer]) -> dict[str
             part = module.get_submodule(str(node.target))
             if any(parameter.ndim > 1 for parameter in part.parameters()):
                 shared = "it is used in more than one place" if uses[str(node.target)] > 1 else ""
-                found[str(node.target)] = shared or f"the {type(part).__name__} stays as it is"
+                kind = type(part).__name__
+                article = "an" if kind[0] in "AEIO" else "a"
+                found[str(node.target)] = shared or f"{article} {kind} stays as it is"
         elif node.op == "call_function" and node.target in (F.conv2d, F.linear):
             owner = _owner_of_weight(node, {str(n.target) for n in module.graph.nodes if n.op == "call_module"})
-            why = f"its weight is that of {owner}, too" if owner else "it is a function call"
-            found[node.name] = f"{why}, and only modules with weights of their own are compressed"
+            function = "it is a function call, and only modules are compressed"
+            found[node.name] = f"its weight is that of {owner}, too" if owner else function
     return found
 
 

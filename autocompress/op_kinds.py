@@ -19,7 +19,7 @@ def call_target(module: fx.GraphModule, node: fx.Node) -> Any:
 
 _KINDS: tuple[tuple[tuple[Any, ...], str], ...] = (
     ((operator.add, torch.add, operator.sub, "add"), "add"),
-    ((operator.mul, torch.mul, "mul"), "mul"),
+    ((operator.mul, torch.mul, "mul", operator.neg), "mul"),
     ((torch.cat, torch.concat), "concat"),
     ((F.pad,), "pad"),
     ((operator.getitem,), "slice"),

@@ -16,7 +16,7 @@ import torch
 from autocompress.costs import CostModel
 from autocompress.database import LevelDatabase
 from autocompress.deploy import deploy
-from autocompress.errors import Cancelled, UnknownName
+from autocompress.errors import Cancelled, UnknownName, UsageError
 from autocompress.export import export_onnx
 from autocompress.files import cache_dir, write_json
 from autocompress.graph import IS_OUTPUT, Graph, trace
@@ -74,7 +74,7 @@ def prepare(
             check(task)
     with stages.at("graph"):
         graph = trace(task.model, task.example_inputs)
-        space = make_space(graph, request.methods, request.importance)
+        space = make_space(graph, _offered(task, request), request.importance)
         _refuse_impossible(graph, space, budgets)
     with stages.at("database"):
         database = LevelDatabase(graph, space, task, cache_dir() / "databases", seed=request.seed)
@@ -92,7 +92,7 @@ def prepare(
         raise Cancelled("Stopped before the search; what was prepared is kept.")
     costs = CostModel(graph, space, profiles, original.bytes)
     dense = costs.in_units(space.dense)
-    return Prepared(task, graph, space, database, costs, original, profiles, dense, _notes(graph, request))
+    return Prepared(task, graph, space, database, costs, original, profiles, dense, _notes(graph, task, request))
 
 
 def _refuse_impossible(graph: Graph, space: SearchSpace, budgets: Sequence[Budget]) -> None:
@@ -102,7 +102,25 @@ def _refuse_impossible(graph: Graph, space: SearchSpace, budgets: Sequence[Budge
     check_feasible(space, costs, [b.absolute(dense) for b in budgets if b.metric in ("macs", "params")])
 
 
-def _notes(graph: Graph, request: Request) -> tuple[str, ...]:
+def _offered(task: Task, request: Request) -> list[str]:
+    """The families asked for, less those that the task withholds."""
+    offered = [family for family in request.methods if family not in task.withheld]
+    if not offered:
+        why = "; ".join(f"{family}: {task.withheld[family]}" for family in request.methods)
+        raise UsageError(f"Task {task.name!r} offers none of the methods asked for ({why}); allow more of them.")
+    return offered
+
+
+def _notes(graph: Graph, task: Task, request: Request) -> tuple[str, ...]:
+    withheld = [
+        f"{name} is not offered on this task: {task.withheld[name]}."
+        for name in request.methods
+        if name in task.withheld
+    ]
+    return (*withheld, *_unpruned(graph, request))
+
+
+def _unpruned(graph: Graph, request: Request) -> tuple[str, ...]:
     if "channels" not in request.methods:
         return ()
     refused = {name: why for name, why in graph.refused.items() if why != IS_OUTPUT}  # that one goes without saying

@@ -184,7 +184,10 @@ METRICS: dict[str, Metric] = {
         Metric("params", "", "number of weights and biases after folding of batch norm"),
         Metric("peak_mb", "MB", "peak bytes of live activations of one example / 1e6", 1e-6),
         Metric(
-            "accuracy_drop", "points", "metric of the original minus metric of the compressed, in points", quality=True
+            "accuracy_drop",
+            "points",
+            "metric of the original minus metric of the compressed, in points (of a perplexity: percent by which it rises)",
+            quality=True,
         ),
     )
 }

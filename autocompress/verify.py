@@ -88,7 +88,8 @@ def paired_interval(
 class Quality:
     """The metric of both files on the report split, through ONNX Runtime, each as ``(value, low, high)``.
 
-    ``drop`` is in points, positive when the compressed model is worse, whatever the metric's direction.
+    ``drop`` is in points, positive when the compressed model is worse, whatever the metric's direction; ``relative``: a
+    point is one percent of the original's metric.
     """
 
     metric_name: str
@@ -98,6 +99,7 @@ class Quality:
     drop: tuple[float, float, float]
     examples: int
     level: float
+    relative: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -153,6 +155,7 @@ def quality(
         drop=gap,
         examples=len(before),
         level=level,
+        relative=task.log_scores,
     )
 
 
@@ -333,9 +336,10 @@ def _statements(
     """What a person must know, a sentence each."""
     fine = 0 < max(map(abs, quality.drop)) < 0.1  # a metric of small numbers, such as a squared error
     value, low, high = (f"{end + 0.0:.2g}" if fine else f"{end + 0.0:.2f}" for end in quality.drop)
+    lost = f"worse by {value} %" if quality.relative else f"a drop of {value} points"
     sentences = [
         f"{quality.metric_name} on {quality.examples} report examples is {quality.compressed[0]:.4f}, the original's "
-        f"{quality.original[0]:.4f}: a drop of {value} points "
+        f"{quality.original[0]:.4f}: {lost} "
         f"({quality.level:.0%} paired interval {low} to {high}).",
         speed_statement(speed),
         f"The file has {artifact.bytes / 1e6:.4g} MB, the original's {original_bytes / 1e6:.4g} MB "

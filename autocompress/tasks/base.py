@@ -9,8 +9,8 @@ import functools
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -66,6 +66,7 @@ class Task:
     - ``augment``: (prepared inputs, generator) -> inputs of the same shape, for training.
     - ``fitness``: what the search minimizes: ``kl`` to the original's outputs (class logits along ``class_axis``), ``mse``
       to the original's outputs, or the task's ``loss``.
+    - ``withheld``: families of methods that are not offered on this task, each with its reason.
     - ``batch_size``: examples a forward pass; ``slice_size``: examples of the search split that the rung ``slice`` takes.
     """
 
@@ -87,6 +88,7 @@ class Task:
     class_axis: int = 1
     batch_size: int = 128
     slice_size: int = 256
+    withheld: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.model, nn.Module):  # anything else is refused by check(), in words
