@@ -268,7 +268,7 @@ class LevelDatabase:
         return made
 
     def neutral(
-        self, layer: Layer, weight: Tensor, bias: Tensor, gram: Tensor | None, steps: Sequence[object]
+        self, layer: Layer, weight: Tensor, bias: Tensor | None, gram: Tensor | None, steps: Sequence[object]
     ) -> dict[str, nn.Module]:
         """A layer from folded weights; its norm gets the statistics of its new outputs, so it is live and changes nothing.
 
@@ -288,7 +288,7 @@ class LevelDatabase:
         norm.num_features = len(weight)
         norm.running_mean, norm.running_var = mean, variance
         norm.weight = nn.Parameter((variance.double() + norm.eps).sqrt().float(), requires_grad=False)
-        norm.bias = nn.Parameter(mean + bias, requires_grad=False)
+        norm.bias = nn.Parameter(mean if bias is None else mean + bias, requires_grad=False)
         made[layer.norm] = norm
         return made
 

@@ -7,7 +7,7 @@ good what earlier removals did to the stream. The batch norms get the statistics
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -125,13 +125,22 @@ class _Refit:
                 target = self._normed(layer, target, rows)
             x = unfold(like, self.env[source][i], where)
             moments.add(x, target)
-        solution = solve(moments.gram, moments.cross)
-        weight, bias = solution[:, :-1].float(), solution[:, -1].float()
+        weight, bias = self._solution(layer, like, moments, steps)
         shape = (len(rows), len(layer.kept_inputs(self.keep)), *self.database.folded(layer.name)[0].shape[2:])
         made = self.database.neutral(layer, weight.reshape(shape), bias, moments.gram, steps)
         for name, part in made.items():
             self._install(name, part, layer)
         self._calibrate_inside(layer, source)
+
+    def _solution(
+        self, layer: Layer, like: nn.Module, moments: Moments, steps: Sequence[object]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias; a layer that had no bias gets one only for inputs that are gone, as the cost tables have it."""
+        lost = not self.keep[layer.inputs].all() or any(isinstance(step, LowRank) for step in steps)
+        if like.bias is None and layer.norm is None and not lost:
+            return solve(moments.gram[:-1, :-1], moments.cross[:, :-1], ones=False).float(), None
+        solution = solve(moments.gram, moments.cross)
+        return solution[:, :-1].float(), solution[:, -1].float()
 
     def _normed(self, layer: Layer, target: Tensor, rows: Any) -> Tensor:
         """Dense pre-norm outputs -> what the norm makes of them: targets are in folded space."""

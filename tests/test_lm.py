@@ -275,6 +275,7 @@ def test_costs_are_those_of_the_file(task: Task, graph: Graph, space: SearchSpac
     plan = _some_plan(space)
     model = deploy(finish(database, plan))
     small = export_onnx(model, examples, tmp_path / "small.onnx")
+    assert small.coverage == {name: {"expected": 1, "found": 1} for name in ("w8", "w4", "lowrank")}
     for each, path in ((space.dense, dense.path), (plan, small.path)):
         predicted, found = costs.in_units(each), file_costs(path)
         assert predicted["macs"] == found["macs"]
