@@ -69,6 +69,7 @@ class LevelDatabase:
         settings = [VERSION, task.hash, GRAM_IMAGES, ROWS_PER_INPUT, TAYLOR_IMAGES, seed]
         self.folder = root / digest(settings)
         self.key = digest([settings, self.importance])
+        self.batch_size = min(BATCH, task.batch_size)
         self._grams: dict[str, Tensor] = {}
         self._orders: dict[str, npt.NDArray[np.int64]] = {}
         self._cache: OrderedDict[tuple[object, ...], Weights] = OrderedDict()
@@ -130,7 +131,7 @@ class LevelDatabase:
         return unfolded_size(self.graph.module.get_submodule(name))
 
     def _batches(self, n: int) -> Iterator[Tensor]:
-        for inputs, _ in self.task.batches(self.task.calibration.take(n), BATCH):
+        for inputs, _ in self.task.batches(self.task.calibration.take(n), self.batch_size):
             yield inputs
 
     def range_batches(self) -> Iterator[Tensor]:
@@ -166,7 +167,7 @@ class LevelDatabase:
             return {group.name: obs_order(self.graph, group, self.folded, self.gram) for group in groups}
         if self.importance == "taylor" and groups:
             split = self.task.calibration.take(TAYLOR_IMAGES)
-            scores = taylor_importance(self.graph, groups, self.task.batches(split, BATCH), self.task.loss)
+            scores = taylor_importance(self.graph, groups, self.task.batches(split, self.batch_size), self.task.loss)
         else:
             scores = {group.name: l2_importance(self.graph, group) for group in groups}
         return {name: np.argsort(-score, kind="stable").astype(np.int64) for name, score in scores.items()}
@@ -277,7 +278,7 @@ class LevelDatabase:
         return made
 
     def neutral(
-        self, layer: Layer, weight: Tensor, bias: Tensor, gram: Tensor | None, steps: Sequence[object]
+        self, layer: Layer, weight: Tensor, bias: Tensor | None, gram: Tensor | None, steps: Sequence[object]
     ) -> dict[str, nn.Module]:
         """A layer from folded weights; its norm gets the statistics of its new outputs, so it is live and changes nothing.
 
@@ -297,7 +298,7 @@ class LevelDatabase:
         norm.num_features = len(weight)
         norm.running_mean, norm.running_var = mean, variance
         norm.weight = nn.Parameter((variance.double() + norm.eps).sqrt().float(), requires_grad=False)
-        norm.bias = nn.Parameter(mean + bias, requires_grad=False)
+        norm.bias = nn.Parameter(mean if bias is None else mean + bias, requires_grad=False)
         made[layer.norm] = norm
         return made
 

@@ -21,7 +21,7 @@ from autocompress.database import LevelDatabase
 from autocompress.deploy import deploy
 from autocompress.errors import UsageError
 from autocompress.finish import finish
-from autocompress.fitness import LAYOUT, Teacher, batch_of, fitness, forward, images_last, slice_of, weights_last
+from autocompress.fitness import LAYOUT, Teacher, fitness, forward, images_last, slice_of, weights_last
 from autocompress.stitched import Stitched
 from autocompress.tasks import Split
 from autocompress.types import METRICS, Budget, Evaluation, Fidelity, Ledger, Plan, Query, digest
@@ -62,7 +62,7 @@ class Measurer:
     ) -> None:
         self.database, self.task = database, database.task
         self.build = build or self._build
-        self.batch, self.slice = batch_of(self.task), slice_of(self.task)
+        self.batch, self.slice = self.task.batch_size, slice_of(self.task)
         self.stitched = None if plain else Stitched(database, self.slice, len(self.task.search), limit)
         self._teacher: Teacher | None = None
         self._reference: Tensor | None = None
@@ -70,10 +70,9 @@ class Measurer:
     def __call__(self, plan: Plan, fidelity: Fidelity) -> Measured:
         """The values of a plan at a rung, and the seconds it took."""
         start = time.perf_counter()
-        loss, metric, original = self._original().judge(self._outputs(plan, fidelity))
-        drop = (original - metric) * self.task.points * (1 if self.task.higher_is_better else -1)
-        drop = round(drop, 9)  # 3 of 300 are 1 point, no more
-        found = {"loss": loss, "metric": metric, "accuracy_drop": drop}
+        loss, score, original = self._original().judge(self._outputs(plan, fidelity))
+        drop = round(self.task.drop_of(original - score), 9)  # 3 of 300 are 1 point, no more
+        found = {"loss": loss, "metric": self.task.metric_of(score), "accuracy_drop": drop}
         values = {name: value if math.isfinite(value) else None for name, value in found.items()}
         return {**values, "seconds": time.perf_counter() - start}
 

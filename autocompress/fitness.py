@@ -16,10 +16,6 @@ from torch.nn import functional
 
 from autocompress.tasks import Split, Task
 
-BATCH = 128
-TOKENS = 2048
-"""Tokens of one batch, where an example is a sequence of them."""
-SLICE_BATCHES = 2
 VOCABULARY = 2048
 """With more classes, only the original's ``TOP_K`` most likely ones are stored and compared one by one."""
 TOP_K = 512
@@ -29,16 +25,9 @@ LAYOUT = "channels-last"
 Weights = TypeVar("Weights", nn.Module, Tensor)
 
 
-def batch_of(task: Task) -> int:
-    """Examples of one batch."""
-    example = task.example_inputs
-    sequences = example.ndim == 2 and not example.is_floating_point()
-    return max(1, TOKENS // example.shape[1]) if sequences else BATCH
-
-
 def slice_of(task: Task) -> int:
     """Examples of the rung ``slice``: whole batches of the search split, so that a plan's slice is a part of its full run."""
-    return SLICE_BATCHES * batch_of(task)
+    return -(-task.slice_size // task.batch_size) * task.batch_size
 
 
 def images_last(inputs: Tensor) -> Tensor:
@@ -58,39 +47,45 @@ def weights_last(weights: Weights) -> Weights:
 def forward(model: nn.Module, task: Task, split: Split) -> Tensor:
     """Outputs of a model on a split.  # (n, ...)"""
     with torch.inference_mode():
-        return torch.cat([model(images_last(inputs)) for inputs, _ in task.batches(split, batch_of(task))])
+        return torch.cat([model(images_last(inputs)) for inputs, _ in task.batches(split, task.batch_size)])
 
 
 def fitness(task: Task, outputs: Tensor, reference: Tensor, targets: Tensor) -> float:
     """What the search minimizes: KL(original || compressed) in nats, squared error, or the task's own loss."""
     if task.fitness == "kl":
-        return float(Soft.of(reference).kl(outputs).mean())
+        batches = zip(*(torch.split(o, task.batch_size) for o in (reference, outputs)), strict=True)
+        return float(torch.cat([Soft.of(logits(task, p)).kl(logits(task, q)) for p, q in batches]).mean())
     if task.fitness == "mse":
         return float((outputs.double() - reference.double()).pow(2).mean())
     return float(np.float64(task.loss(outputs, targets)))
 
 
+def logits(task: Task, outputs: Tensor) -> Tensor:
+    """A model's outputs with the classes last."""
+    return outputs.movedim(task.class_axis, -1)
+
+
 @dataclass(frozen=True, eq=False)
 class Soft:
-    """The original's log-probabilities.  # (n, classes, ...) float64"""
+    """The original's log-probabilities.  # (n, ..., classes) float64"""
 
     log_p: Tensor
 
     @classmethod
-    def of(cls, outputs: Tensor) -> Soft:
-        return cls(functional.log_softmax(outputs.double(), 1))
+    def of(cls, logits: Tensor) -> Soft:
+        return cls(functional.log_softmax(logits.double(), -1))
 
-    def kl(self, outputs: Tensor) -> Tensor:
+    def kl(self, logits: Tensor) -> Tensor:
         """KL(original || these logits) in nats.  # (n, ...)"""
-        log_q = functional.log_softmax(outputs.double(), 1)
-        return (self.log_p.exp() * (self.log_p - log_q)).sum(1)
+        log_q = functional.log_softmax(logits.double(), -1)
+        return (self.log_p.exp() * (self.log_p - log_q)).sum(-1)
 
 
 @dataclass(frozen=True, eq=False)
 class TopK:
     """The original's ``k`` most likely classes, and the mass of the rest as one class more.
 
-    ``log_p``: (n, k, ...) float32; ``log_rest``: (n, ...) float32; ``index``: (n, k, ...) int32. The KL between the coarsened
+    ``log_p``: (n, ..., k) float32; ``log_rest``: (n, ...) float32; ``index``: (n, ..., k) int32. The KL between the coarsened
     distributions is at most the true one (data processing), and short of it by exactly ``p_rest KL(p | rest || q | rest)``.
     """
 
@@ -99,23 +94,23 @@ class TopK:
     index: Tensor
 
     @classmethod
-    def of(cls, outputs: Tensor, k: int = TOP_K) -> TopK:
-        index = outputs.topk(k, 1).indices
-        return cls(*_coarse(outputs, index), index.to(torch.int32))
+    def of(cls, logits: Tensor, k: int = TOP_K) -> TopK:
+        index = logits.topk(k, -1).indices
+        return cls(*_coarse(logits, index), index.to(torch.int32))
 
-    def kl(self, outputs: Tensor) -> Tensor:
+    def kl(self, logits: Tensor) -> Tensor:
         """KL(original || these logits) in nats over ``k + 1`` classes.  # (n, ...)"""
-        log_q, log_q_rest = (part.double() for part in _coarse(outputs, self.index.long()))
+        log_q, log_q_rest = (part.double() for part in _coarse(logits, self.index.long()))
         log_p, log_p_rest = self.log_p.double(), self.log_rest.double()
-        return (log_p.exp() * (log_p - log_q)).sum(1) + log_p_rest.exp() * (log_p_rest - log_q_rest)
+        return (log_p.exp() * (log_p - log_q)).sum(-1) + log_p_rest.exp() * (log_p_rest - log_q_rest)
 
 
-def _coarse(outputs: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the classes in ``index``, and of all others together.  # (n, k, ...), (n, ...)"""
-    logits = outputs.float()
-    total = logits.logsumexp(1, keepdim=True)
-    rest = logits.scatter(1, index, -torch.inf).logsumexp(1)
-    return logits.gather(1, index) - total, rest - total.squeeze(1)
+def _coarse(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the classes in ``index``, and of all others together.  # (n, ..., k), (n, ...)"""
+    logits = logits.float()
+    total = logits.logsumexp(-1, keepdim=True)
+    rest = logits.scatter(-1, index, -torch.inf).logsumexp(-1)
+    return logits.gather(-1, index) - total, rest - total.squeeze(-1)
 
 
 class Teacher:
@@ -123,27 +118,27 @@ class Teacher:
 
     def __init__(self, task: Task, split: Split, outputs: Iterable[Tensor]) -> None:
         self.task, self.split = task, split
-        self.size = batch_of(task)
         self._soft: list[Soft | TopK] = []
         self._outputs: list[Tensor] = []
         scores: list[Tensor] = []
         for i, batch in enumerate(outputs):
             if task.fitness == "kl":
-                self._soft.append(TopK.of(batch) if batch.shape[1] > VOCABULARY else Soft.of(batch))
+                given = logits(task, batch)
+                self._soft.append(TopK.of(given) if given.shape[-1] > VOCABULARY else Soft.of(given))
             else:
                 self._outputs.append(batch)
             scores.append(self._scores(i, batch))
         self.scores = torch.cat(scores)
 
     def judge(self, outputs: Iterable[Tensor]) -> tuple[float, float, float]:
-        """Loss, metric, and the original's metric on the same examples; ``outputs``: the split's first batches, all or some."""
+        """Loss, mean score, and the original's on the same examples; ``outputs``: the split's first batches, all or some."""
         scores: list[Tensor] = []
         divergences: list[Tensor] = []
         kept: list[Tensor] = []
         for i, batch in enumerate(outputs):
             scores.append(self._scores(i, batch))
             if self.task.fitness == "kl":
-                divergences.append(self._soft[i].kl(batch))
+                divergences.append(self._soft[i].kl(logits(self.task, batch)))
             else:
                 kept.append(batch)
         found = torch.cat(scores)
@@ -156,5 +151,5 @@ class Teacher:
         return loss, float(found.double().mean()), float(self.scores[:n].double().mean())
 
     def _scores(self, i: int, outputs: Tensor) -> Tensor:
-        start = i * self.size
+        start = i * self.task.batch_size
         return self.task.score(outputs, self.split.targets[start : start + len(outputs)])

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from autocompress.channel_rules import AXIS, Classes, Value, apply_rule, call_target, is_relu, op_kind, op_window
+from autocompress.channel_rules import AXIS, Classes, Value, apply_rule
 from autocompress.errors import UnsupportedModel
+from autocompress.op_kinds import call_target, is_relu, op_kind, op_window
 from autocompress.tracing import Shapes, check_faithful, normalized
 
 Keep = npt.NDArray[np.bool_]
@@ -225,10 +226,20 @@ def _left_alone(module: fx.GraphModule, layers: Mapping[str, Layer]) -> dict[str
             part = module.get_submodule(str(node.target))
             if any(parameter.ndim > 1 for parameter in part.parameters()):
                 shared = "it is used in more than one place" if uses[str(node.target)] > 1 else ""
-                found[str(node.target)] = shared or f"a {type(part).__name__} stays as it is"
+                kind = type(part).__name__
+                article = "an" if kind[0] in "AEIO" else "a"
+                found[str(node.target)] = shared or f"{article} {kind} stays as it is"
         elif node.op == "call_function" and node.target in (F.conv2d, F.linear):
-            found[node.name] = "it is a function call, and only modules are compressed"
+            owner = _owner_of_weight(node, {str(n.target) for n in module.graph.nodes if n.op == "call_module"})
+            function = "it is a function call, and only modules are compressed"
+            found[node.name] = f"its weight is that of {owner}, too" if owner else function
     return found
+
+
+def _owner_of_weight(node: fx.Node, modules: Iterable[str]) -> str | None:
+    """The called module whose parameter a function reads as its weight (a head tied to the embedding)."""
+    parents = {str(n.target).rpartition(".")[0] for n in node.all_input_nodes if n.op == "get_attr"}
+    return next(iter(sorted(parents & set(modules))), None)
 
 
 def _input_ids(part: nn.Conv2d | nn.Linear, source: Value, classes: Classes) -> npt.NDArray[np.int64]:
@@ -318,7 +329,9 @@ def _find_blocks(module: fx.GraphModule, values: Mapping[str, Value]) -> tuple[B
             if body is None or values[skip.name].shape != values[node.name].shape:
                 continue
             if all(user is node or user.name in body for part in body.values() for user in part.users):
-                first = next((p for p in body.values() if p.op == "call_module"), node)
+                modules = [p for p in body.values() if p.op == "call_module"]
+                layers = [p for p in modules if isinstance(call_target(module, p), nn.Conv2d | nn.Linear)]
+                first = next(iter(layers or modules), node)
                 prefix = str(first.target).rpartition(".")[0] or node.name
                 blocks.append(Block(prefix, node.name, skip.name, frozenset(body)))
                 break
@@ -381,6 +394,8 @@ def _find_ops(graph: Graph, nodes: Mapping[str, fx.Node]) -> tuple[Op, ...]:
         kind = op_kind(call_target(module, node), part)
         if kind == "free":
             continue
+        if kind == "linear":  # a function call: its weight is no tensor that an operator made
+            inputs = inputs[:1]
         last, fused, size, stride = node, "", (1, 1), (1, 1)
         user = _only_user(node)
         if kind in ("add", "batch_norm") and user is not None and is_relu(module, user):

@@ -109,6 +109,9 @@ def _names(request: Request) -> None:
 def _task(spec: str) -> str:
     """A factory's file gets its absolute path, so that a worker elsewhere finds it; other names must be known."""
     place, colon, name = spec.rpartition(":")
+    if place == "lm":  # a folder's path becomes absolute, for the same reason; a name is looked up in the data folders
+        folder = Path(name).expanduser()
+        return f"lm:{folder.resolve()}" if name and folder.is_dir() else spec
     path = Path(place or spec).expanduser()
     if path.suffix == ".py":
         if not path.is_file():

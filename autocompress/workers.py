@@ -32,6 +32,7 @@ from autocompress.files import cache_dir, write_bytes
 from autocompress.graph import trace
 from autocompress.models import Models
 from autocompress.prefix import default_limit
+from autocompress.prepare import offered
 from autocompress.results import Request
 from autocompress.space import make_space
 from autocompress.tasks import load_task
@@ -83,7 +84,7 @@ class Opening:
         task = load_task(request.task, request.data, request.seed)
         graph = trace(task.model, task.example_inputs, proofs=False)
         graph.groups = tuple(group for group in graph.groups if group.name in set(self.groups))
-        space = make_space(graph, request.methods, request.importance)
+        space = make_space(graph, offered(task, request), request.importance)
         database = LevelDatabase(graph, space, task, self.folder(), seed=request.seed)
         if (database.key, space.hash) != (self.key, self.space):
             raise WorkerError(

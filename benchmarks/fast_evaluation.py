@@ -27,7 +27,7 @@ from autocompress.database import LevelDatabase
 from autocompress.deploy import deploy
 from autocompress.evaluate import Measurer, forward
 from autocompress.files import cache_dir
-from autocompress.fitness import BATCH, weights_last
+from autocompress.fitness import weights_last
 from autocompress.graph import trace
 from autocompress.results import METHOD_FAMILIES
 from autocompress.space import make_space
@@ -59,7 +59,7 @@ def sweep(space: SearchSpace, rng: random.Random, n: int) -> Iterator[Plan]:
 
 
 def mutations(space: SearchSpace, rng: random.Random, n: int) -> Iterator[Plan]:
-    """Random parents with eight children each, by EvoPress' number of level switches: min(U{1..3}, U{1..3}) down and as many up."""
+    """Random parents with eight children each, by EvoPress' number of switches: min(U{1..3}, U{1..3}) down and as many up."""
     parent = space.dense
     for i in range(n):
         if i % 8 == 0:
@@ -136,7 +136,7 @@ def one(key: str, args: argparse.Namespace) -> dict[str, object]:
 def channels_first(model: nn.Module, task: Task, split: Split) -> None:
     """The same forward pass with images as they lie on disk."""
     with torch.inference_mode():
-        for inputs, _ in task.batches(split, BATCH):
+        for inputs, _ in task.batches(split, task.batch_size):
             model(inputs)
 
 
