@@ -155,8 +155,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(n, t, hidden) -> (n, t, hidden)."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        x = x + self.mlp(self.post_attention_layernorm(x))
-        return x
+        branch: Tensor = self.mlp(self.post_attention_layernorm(x))
+        return x + branch
 
 
 class Body(nn.Module):
