@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from autocompress.costs import CostModel
 from autocompress.database import LevelDatabase
 from autocompress.deploy import deploy
 from autocompress.errors import TaskError, UsageError
-from autocompress.evaluate import fitness
+from autocompress.evaluate import Measurer, fitness
 from autocompress.export import export_onnx
 from autocompress.finish import finish
 from autocompress.graph import Graph, prove, rebuild, trace
@@ -26,6 +27,7 @@ from autocompress.tasks import Task, load_task
 from autocompress.tasks.decoder import load_decoder
 from autocompress.types import SearchSpace
 from autocompress.verify import check_model, quality
+from autocompress.workers import Opening
 from tests.language import LENGTH, SMALL, write_folder
 
 
@@ -286,6 +288,26 @@ def test_costs_are_those_of_the_file(task: Task, graph: Graph, space: SearchSpac
     assert after.drop[0] == pytest.approx(0, abs=1e-3)
     assert before.relative and before.compressed[0] == pytest.approx(before.original[0] * (1 + before.drop[0] / 100))
     assert before.drop[1] <= before.drop[0] <= before.drop[2]
+
+
+def test_plans_are_judged_without_models_of_their_own(
+    folder: Path, task: Task, graph: Graph, space: SearchSpace, tmp_path: Path
+) -> None:
+    """To the bit what whole models answer, and the same where a worker opens the database by its task's name."""
+    database = LevelDatabase(graph, space, task, tmp_path / "db")
+    database.build()
+    request = Request(
+        task=f"lm:{folder}", budgets=("macs<=75%",), methods=("channels", "blocks", "lowrank", "int8", "w8", "w4")
+    )
+    fast, plain = Measurer(database), Measurer(database, plain=True)
+    opened = Opening.of(database, request, tmp_path / "models", 1).open()
+    assert fast.stitched is not None
+    assert any(name.startswith("add") for name in fast.stitched.worth), "blocks of layers are places to start from"
+    rng = random.Random(0)
+    for i, plan in enumerate([space.dense, _some_plan(space), *(space.sample(rng) for _ in range(3))]):
+        rung = "full" if i % 2 else "slice"
+        want, *others = ({**m(plan, rung), "seconds": 0} for m in (plain, fast, opened))
+        assert others == [want, want] and want["loss"] is not None
 
 
 def test_finish_refits_layers_on_sequences(task: Task, graph: Graph, space: SearchSpace, tmp_path: Path) -> None:
