@@ -21,7 +21,7 @@ Store = Annotated[
 ]
 TaskSpec = Annotated[
     str,
-    typer.Argument(help="digits, cifar10:resnet20, path/to/file.py:factory or package.module:factory."),
+    typer.Argument(help="digits, cifar10:resnet20, lm:FOLDER, path/to/file.py:factory or package.module:factory."),
 ]
 JobName = Annotated[str, typer.Argument(help="A job's id or the start of it, or the folder of a run.")]
 Budgets = Annotated[
