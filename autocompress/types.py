@@ -206,7 +206,10 @@ METRICS: dict[str, Metric] = {
         Metric("params", "", "number of weights and biases after folding of batch norm"),
         Metric("peak_mb", "MB", "peak bytes of live activations of one example / 1e6", 1e-6, additive=False),
         Metric(
-            "accuracy_drop", "points", "metric of the original minus metric of the compressed, in points", quality=True
+            "accuracy_drop",
+            "points",
+            "metric of the original minus metric of the compressed, in points (of a perplexity: percent by which it rises)",
+            quality=True,
         ),
     )
 }
@@ -301,8 +304,10 @@ class Kernel:
     """What the hardware sees: one executed operator at its final widths, for one example (nn-Meter's word).
 
     ``kind``: ``conv`` | ``linear`` | ``add`` | ``mul`` | ``concat`` | ``relu`` | ``activation`` | ``pool`` | ``global_pool`` |
-    ``pad`` | ``slice`` | ``batch_norm`` | ``quantize`` | ``dequantize`` | ``other``.
-    ``in_shape`` / ``out_shape``: ``(C, H, W)`` or ``(C,)``, without the batch. A following ReLU is part of the kernel.
+    ``pad`` | ``slice`` | ``batch_norm`` | ``quantize`` | ``dequantize`` | ``attention`` | ``norm`` | ``embedding`` |
+    ``transpose`` | ``repeat`` | ``other``.
+    ``in_shape`` / ``out_shape``: ``(C, H, W)``, ``(C,)``, or ``(C, T)`` of a sequence, without the batch. Attention has
+    ``(heads, T, head_dim)``, an embedding reads ``(vocabulary, T)``. A following ReLU is part of the kernel.
     """
 
     kind: str
@@ -317,7 +322,9 @@ class Kernel:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one example; 0 for what is not a convolution or linear layer."""
+        """Multiply-accumulates of one example, of layers and of attention's two products (all positions with all); else 0."""
+        if self.kind == "attention":
+            return (math.prod(self.in_shape) + math.prod(self.out_shape)) * self.in_shape[1]
         if self.kind not in ("conv", "linear"):
             return 0
         area = self.kernel[0] * self.kernel[1]
@@ -326,7 +333,7 @@ class Kernel:
     @property
     def weights(self) -> int:
         """Number of weights, without the bias."""
-        if self.kind not in ("conv", "linear"):
+        if self.kind not in ("conv", "linear", "embedding"):
             return 0
         return self.out_shape[0] * (self.in_shape[0] // self.groups) * self.kernel[0] * self.kernel[1]
 
