@@ -10,7 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autocompress.errors import BudgetUnmet, Cancelled, UnknownName, UsageError
+from autocompress.errors import (
+    AutoCompressError,
+    BudgetUnmet,
+    Cancelled,
+    UnknownName,
+    UnsupportedModel,
+    UsageError,
+    VerificationError,
+)
 from autocompress.export import export_onnx
 from autocompress.hwprofiles import compare, measure_ms
 from autocompress.models import Models
@@ -27,10 +35,14 @@ COMPARE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Delivery:
-    """A plan that could be handed out: how it was judged, and what its file was measured at, by cost key."""
+    """A plan that could be handed out: how it was judged, and what its file was measured at, by cost key.
+
+    ``ratio``: its latency over the original's, both timed in the same rounds.
+    """
 
     evaluation: Evaluation
     measured: Mapping[str, float] = field(default_factory=dict)
+    ratio: float = 1.0
 
     def value(self, key: str) -> float:
         """What was measured where it was, else what was judged or predicted."""
@@ -44,30 +56,35 @@ def timed(
     request: Request,
     tick: Callable[[int, int | None], None],
     cancelled: Callable[[], bool] | None,
-) -> list[Delivery]:
+) -> tuple[list[Delivery], list[AutoCompressError]]:
     """Export plans to a scratch folder and time them all interleaved with the original, on this machine.
 
-    The quick exporter will do for timing; its files are some 2 kB smaller than the one that is handed out, which is written
-    and proved by :func:`certified`: for bytes the prediction is nearer.
+    A plan whose file cannot be written or computes something else is left out, and why is told. The quick exporter will
+    do for timing; its files are some 2 kB smaller than the one that is handed out, which is written and proved by
+    :func:`certified`: for bytes the prediction is nearer.
     """
     if not judged:
-        return []
+        return [], []
     task = made.task
     examples = task.inputs(task.calibration.take(3))
     with tempfile.TemporaryDirectory(prefix="autocompress-") as scratch:
-        paths = []
+        paths: list[Path] = []
+        exported: list[Evaluation] = []
+        failures: list[AutoCompressError] = []
         for i, evaluation in enumerate(judged):
             tick(i, len(judged))
             if cancelled and cancelled():
                 raise Cancelled("Stopped while timing the front; everything evaluated so far is kept.")
-            artifact = export_onnx(
-                models.deployed(evaluation.plan, evaluation.fidelity),
-                examples,
-                Path(scratch) / f"{i}.onnx",
-                int8_format=made.int8_format,
-                exporters=("legacy", "dynamo"),
-            )
-            paths.append(Path(artifact.path))
+            path, model = Path(scratch) / f"{i}.onnx", models.deployed(evaluation.plan, evaluation.fidelity)
+            try:
+                export_onnx(model, examples, path, int8_format=made.int8_format, exporters=("legacy", "dynamo"))
+            except (UnsupportedModel, VerificationError) as error:
+                failures.append(error)
+                continue
+            paths.append(path)
+            exported.append(evaluation)
+        if not paths:
+            return [], failures
         threads = made.profiles["local"].threads if "local" in made.profiles else 1
         timings = measure_ms(
             paths,
@@ -78,11 +95,11 @@ def timed(
         )
     known = made.dense_costs.get(LOCAL)
     deliveries = []
-    for evaluation, timing in zip(judged, timings, strict=True):
+    for evaluation, timing in zip(exported, timings, strict=True):
         # One scalar a round: the ratio to the original, times what the profile knows the original to take.
         ms = timing.ratio * known if known is not None else timing.ms
-        deliveries.append(Delivery(evaluation, {LOCAL: ms}))
-    return deliveries
+        deliveries.append(Delivery(evaluation, {LOCAL: ms}, timing.ratio))
+    return deliveries, failures
 
 
 def choose(result: JobResult, pick: str) -> Point:

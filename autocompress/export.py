@@ -96,7 +96,7 @@ def export_onnx(
     if len(failures) == 1:
         raise failures[0]
     kind = next((type(f) for f in failures if isinstance(f, VerificationError)), UnsupportedModel)
-    raise kind(" ".join(str(f) for f in failures))
+    raise kind(" ".join(dict.fromkeys(str(f) for f in failures)))
 
 
 def _checked_inputs(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -26,7 +26,7 @@ from autocompress.methods import LowRank
 from autocompress.methods.quantization import ActivationQuant
 from autocompress.types import Plan
 
-FINISH_IMAGES = 2048
+FINISH_IMAGES = 1024
 ROWS_PER_INPUT = 90
 RELU_ROUNDS = 2
 REMEMBERED = 2**26

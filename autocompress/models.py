@@ -106,7 +106,10 @@ def _restore(model: fx.GraphModule, tensors: dict[str, Tensor]) -> fx.GraphModul
         part.scale, part.zero_point = scale, int(zero)
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
-        if leaf == "bias" and parts[owner].bias is None:  # refit gives every layer one
+        if leaf == "bias" and parts[owner].bias is None:  # refit gives a layer one
             parts[owner].bias = nn.Parameter(torch.empty_like(tensor))
+    for name, part in parts.items():
+        if isinstance(getattr(part, "bias", None), nn.Parameter) and f"{name}.bias" not in tensors:
+            part.bias = None  # or leaves it to the norm behind
     model.load_state_dict(tensors, strict=True)
     return model

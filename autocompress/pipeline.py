@@ -6,20 +6,22 @@ and distilled models and the state of the clock-dependent choices are on disk, s
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from autocompress.deliver import LOCAL, Delivery, certified, choose, replay_command, timed
-from autocompress.errors import BudgetUnmet, Cancelled, InfeasibleBudget, StoreError, UsageError
+from autocompress.errors import BudgetUnmet, Cancelled, InfeasibleBudget, StoreError, UsageError, VerificationError
 from autocompress.evaluate import ModelEvaluator
-from autocompress.files import make_folder, write_text
+from autocompress.files import make_folder, write_json, write_text
 from autocompress.models import Models
 from autocompress.prepare import Prepared, prepare, recovery_of
 from autocompress.report import make_result
@@ -45,16 +47,21 @@ REACH = 3.0
 POLISH_SHARE = 12
 """One evaluation in so many is spent again after refit, climbing from the best plans."""
 RUNGS: tuple[Fidelity, ...] = ("slice", "full", "refitted")
+SLOWER = 1.03
+"""A file that takes this much longer than the original, timed in the same rounds, is slower."""
 SPARE = 0.98
 """After predictions proved too low, the search aims this much below the corrected limit."""
 
 
 class _Stages:
-    """Progress ticks and wall time by stage."""
+    """Progress ticks and wall time by stage; ``path``: where it is kept, so that the time before an interruption counts."""
 
-    def __init__(self, progress: Callable[[Progress], None] | None) -> None:
-        self.progress = progress
+    def __init__(self, progress: Callable[[Progress], None] | None, path: Path | None = None) -> None:
+        self.progress, self.path = progress, path
         self.seconds: dict[str, float] = {}
+        if path is not None:
+            with suppress(OSError, ValueError, TypeError, AttributeError):
+                self.seconds = {str(k): float(v) for k, v in json.loads(path.read_bytes()).items()}
         self.stage: Stage = "task"
         self.inner = 0.0  # seconds that stages inside the current one took
 
@@ -69,6 +76,8 @@ class _Stages:
             spent = time.perf_counter() - start
             self.seconds[stage] = self.seconds.get(stage, 0.0) + spent - self.inner
             self.stage, self.inner = outer, inner + spent
+            if self.path is not None:
+                write_json(self.path, self.seconds)
 
     def tick(self, done: int, total: int | None, message: str = "") -> None:
         if self.progress:
@@ -92,7 +101,7 @@ def compress(
     """
     make_folder(out)
     _refuse_foreign(request, out)
-    stages = _Stages(progress)
+    stages = _Stages(progress, out / "seconds.json")
     torch.set_num_threads(request.threads or len(os.sched_getaffinity(0)))
     try:
         return _Run(request, out, task, ledger, stages, cancelled).go()
@@ -227,9 +236,17 @@ class _Run:
     def _cheap_enough(self, evaluation: Evaluation) -> bool:
         return all(b.violation(evaluation[b.key]) == 0 for b in self.budgets if not METRICS[b.metric].quality)
 
-    def _timed(self, judged: Sequence[Evaluation]) -> list[Delivery]:
+    def _timed(self, judged: Sequence[Evaluation], known: Sequence[Delivery] = ()) -> list[Delivery]:
+        """``known`` and what was judged, exported and timed."""
         with self.stages.at("export", f"{len(judged)} plans, to time them"):
-            return timed(judged, self.models, self.made, self.request, self.stages.tick, self.cancelled)
+            found, failures = timed(judged, self.models, self.made, self.request, self.stages.tick, self.cancelled)
+        if failures:
+            self.notes.append(
+                f"{len(failures)} of {len(judged)} plans are left out, as their files fail: {failures[0]}"
+            )
+        if failures and not found and not known:
+            raise failures[0]
+        return [*known, *found]
 
     def _candidates(self) -> list[Plan]:
         """Plans worth a refit: first those under the cost budgets with the best fitness, then along the whole front."""
@@ -274,7 +291,7 @@ class _Run:
         new = [e.plan for e in inside if e.plan not in known][:4]
         with self.stages.at("refit", f"{len(new)} plans"):
             judged = self._judge(new, "refitted")
-        return deliveries + self._timed(judged)
+        return self._timed(judged, deliveries)
 
     def _recover(self, deliveries: list[Delivery]) -> list[Delivery]:
         """The plans nearest the budgets, distilled equally briefly and judged again; the best of them then goes on."""
@@ -283,18 +300,18 @@ class _Run:
         inside = [d for d in deliveries if self._holds(d)] or deliveries
         chosen = sorted(inside, key=self._promise)[:RECOVERED]
         with self.stages.at("recover", f"{len(chosen)} plans"):
-            judged: list[Evaluation] = []
+            judged: list[Delivery] = []
             for i, delivery in enumerate(chosen):
                 self.round = f"plan {i + 1} of {len(chosen)}"
-                judged += self._judge([delivery.evaluation.plan], "recovered")
-            winner = min((Delivery(e) for e in judged), key=self._promise).evaluation
+                (evaluation,) = self._judge([delivery.evaluation.plan], "recovered")
+                judged.append(replace(delivery, evaluation=evaluation))
+            winner = min(judged, key=self._promise)
             self.round = "the best, longer"
             brief = self.models.steps
             self.models.steps = brief * LONGER
-            final = {e.plan: e for e in [*judged, *self._judge([winner.plan], "recovered")]}
+            (final,) = self._judge([winner.evaluation.plan], "recovered")
             self.models.steps = brief
-        measured = {d.evaluation.plan: d.measured for d in deliveries}
-        return [*deliveries, *(Delivery(e, measured[e.plan]) for e in final.values())]
+        return [*deliveries, *(d for d in judged if d is not winner), replace(winner, evaluation=final)]
 
     def _distilling(self, done: int, total: int) -> None:
         self.stages.tick(done, total, self.round)
@@ -304,11 +321,19 @@ class _Run:
         nearest = min(deliveries, key=lambda d: (self._violation(d), d.evaluation.values["loss"]))
         best = holding[0] if holding else None
         self._write(deliveries, best)
-        for chosen in holding[:CERTIFIED] or [nearest]:
-            certificate = self._certified(chosen)
+        certificate, refused = None, VerificationError("No plan could be written as a file.")
+        for delivery in holding[:CERTIFIED] or [nearest]:
+            try:
+                chosen, certificate = delivery, self._certified(delivery)
+            except VerificationError as error:
+                refused = error
+                self.notes.append(f"A plan is left out, as its file fails: {error}")
+                continue
             failed = [check for check in certificate.budgets if check.holds is False]
             if all(METRICS[Budget.parse(check.budget).metric].quality for check in failed):
                 break  # a plan at a cost's limit may miss it in the final file: then the next one has its turn
+        if certificate is None:
+            raise refused
         best = chosen if holding and not failed else None
         self.notes += certificate.statements
         result = self._write(deliveries, best)
@@ -350,14 +375,18 @@ class _Run:
     # ------------------------------------------------------------ judging
 
     def _preference(self, delivery: Delivery) -> tuple[float, ...]:
-        """The best fitness; when only quality is budgeted, the cheapest."""
+        """The best fitness; when only quality is budgeted, the cheapest. Where a budget says what quality will do, a file that is
+        slower than the original comes last: smaller is no use to whoever waits longer."""
         loss = delivery.evaluation.values["loss"]
-        return (loss,) if self.limited else (delivery.value(LOCAL), loss)
+        if not self.limited:
+            return delivery.value(LOCAL), loss
+        enough = any(METRICS[b.metric].quality for b in self.budgets)
+        return float(enough and delivery.ratio > SLOWER), loss
 
     def _promise(self, delivery: Delivery) -> tuple[float, ...]:
         """What is worth distilling: the best fitness; when only quality is budgeted, the cheapest within reach of it."""
         if self.limited:
-            return (delivery.evaluation.values["loss"],)
+            return self._preference(delivery)
         reach = [b.violation(delivery.value(b.key)) <= REACH for b in self.budgets]
         return (float(not all(reach)), *self._preference(delivery))
 

@@ -27,6 +27,7 @@ from autocompress.errors import (
     UnknownName,
     UnsupportedModel,
     UsageError,
+    VerificationError,
 )
 from autocompress.evaluate import ModelEvaluator
 from autocompress.results import JobResult, Progress, Request
@@ -297,6 +298,27 @@ def test_a_task_without_training_data_is_compressed_without_recovery(tmp_path: P
 
 
 @pytest.mark.slow
+def test_a_plan_whose_file_fails_costs_only_that_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exporter fails for the first plan that is timed and for the first that is handed out."""
+    written, broken = deliver.export_onnx, {"0.onnx", "model.onnx"}
+
+    def export(model: nn.Module, inputs: Any, path: Path, **settings: Any) -> Any:
+        if path.name in broken:
+            broken.remove(path.name)
+            raise VerificationError("The exported model differs from torch.")
+        return written(model, inputs, path, **settings)
+
+    monkeypatch.setattr(deliver, "export_onnx", export)
+    result = pipeline.compress(asked(), tmp_path, task=networks.task("resnet-b"))
+    assert not broken
+    assert any(note.startswith("1 of ") and "are left out" in note for note in result.notes)
+    assert any(note.startswith("A plan is left out, as its file fails") for note in result.notes)
+    assert result.best and json.loads((tmp_path / "certificate.json").read_text())["holds"]
+    monkeypatch.setattr(deliver, "export_onnx", lambda *_, **__: (_ for _ in ()).throw(VerificationError("All fail.")))
+    with pytest.raises(VerificationError, match="All fail"):
+        pipeline.compress(asked(seed=4), tmp_path / "none", task=networks.task("resnet-b"))
+
+
 def test_damaged_files_are_sentences(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text("{")
     with pytest.raises(AutoCompressError):

@@ -7,16 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 from autocompress.database import LevelDatabase
 from autocompress.deploy import deploy
 from autocompress.errors import Cancelled, StoreError, TaskError, UsageError
 from autocompress.evaluate import fitness, forward
+from autocompress.graph import trace
 from autocompress.methods.quantization import PackedWeight
 from autocompress.models import Models
 from autocompress.recover import Recovery, recover
+from autocompress.space import make_space
+from autocompress.tasks.base import Task
 from autocompress.types import Plan
+from tests import networks
 from tests.test_database import make, pruned, uniform
 
 SHORT = Recovery(steps=12, batch_size=32, checks=2)
@@ -139,6 +143,27 @@ def test_kept_models_come_back_to_the_bit(database: LevelDatabase, tmp_path: Pat
 def test_a_kept_model_has_the_biases_that_refit_added(tmp_path: Path) -> None:
     database = make("densenet", tmp_path / "densenet")  # its convolutions have no bias and no norm behind them
     plan, x = pruned(database.space), database.task.inputs(database.task.search)
+    with torch.no_grad():
+        made, again = (models(database, tmp_path / "kept").deployed(plan, "refitted")(x) for _ in range(2))
+    assert torch.equal(made, again)
+
+
+def test_a_kept_model_lacks_the_biases_that_refit_gave_to_norms(tmp_path: Path) -> None:
+    """Convolutions with biases and norms behind them; only the first is pruned, the last reads a change."""
+
+    def block(n: int) -> list[nn.Module]:
+        return [nn.Conv2d(n, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
+
+    torch.manual_seed(0)
+    like = networks.task("resnet-a", n=64)
+    net = nn.Sequential(*block(3), *block(8), *block(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    task = Task("biased", net, like.calibration, like.search, like.report)
+    graph = trace(task.model, task.example_inputs)
+    database = LevelDatabase(graph, make_space(graph), task, tmp_path / "database")
+    database.build()
+    plan = tuple(int(site.name == "channels:0") for site in database.space.sites)
+    assert any(plan)
+    x = task.inputs(task.search)
     with torch.no_grad():
         made, again = (models(database, tmp_path / "kept").deployed(plan, "refitted")(x) for _ in range(2))
     assert torch.equal(made, again)
