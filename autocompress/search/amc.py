@@ -43,16 +43,15 @@ class Amc(BaseController):
     sigma, decay = 0.5, 0.95
     widen = 1.5
     """Factor of the noise each time in a row that only known plans come out."""
-    patience = 200
-    """Plans in a row that are known already, for each target: the search is over (in small spaces five times their size)."""
+    patience = 100
+    """Plans in a row that are known already, under ever wider noise, for each target: the search is over."""
     dense_error = 0.1
     """``trade`` needs an error of the original, as one that has none is never worth compressing."""
 
     def _search(self) -> Asking:
         self._prepare()
         episode, known = 0, 0
-        patience = max(self.patience, 5 * min(self.space.size, self.patience)) * len(self.walls)
-        while known < patience:
+        while known < self.patience * len(self.walls):
             target = self._target(episode) if not known else self.rng.randrange(len(self.walls))
             first = episode == 0 and not known
             plan = self._first(target) if first else self._walk(target, self._noise(episode, known))
@@ -103,10 +102,9 @@ class Amc(BaseController):
         yield from ()
 
     def _noise(self, episode: int, known: int) -> float | None:
-        """Sigma of the actions; ``None`` for the uniform ones of the warm-up."""
-        if episode < self.warmup:
-            return None
-        return min(max(self.sigma * self.decay ** (episode - self.warmup), 0.01) * self.widen**known, 1e3)
+        """Sigma of the actions; ``None`` for the uniform ones of the warm-up, and where noise has become as wide as that."""
+        sigma = max(self.sigma * self.decay ** (episode - self.warmup), 0.01) * self.widen ** min(known, 30)
+        return None if episode < self.warmup or sigma > 10 else sigma
 
     def _first(self, target: int) -> Plan:
         """The first episode keeps the same share everywhere: what a policy has to beat."""

@@ -27,6 +27,7 @@ class TestTPE(ControllerContract):
     name = "bayes"
 
 
+@pytest.mark.slow
 class TestGP(ControllerContract):
     name = "bayes-gp"
     scale = 0.25  # a proposal takes tenths of a second
@@ -36,6 +37,7 @@ class TestNSGA2(ControllerContract):
     name = "bayes-nsga2"
 
 
+@pytest.mark.slow
 class TestNSGA3(ControllerContract):
     name = "bayes-nsga3"
 

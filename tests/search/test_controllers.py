@@ -29,11 +29,13 @@ class TestExact(ControllerContract):
     interaction_tolerance = 0.2  # its model has no interactions, only a second look around its solution
 
 
+@pytest.mark.slow
 class TestSpdy(ControllerContract):
     name = "spdy"
     interaction_tolerance = 0.2  # as exact
 
 
+@pytest.mark.slow
 class TestAlds(ControllerContract):
     name = "alds"
     finds_optimum = False  # its objective is the largest one-site loss, not the sum

@@ -54,24 +54,19 @@ class ToyCosts:
         return self._factors
 
     def cost(self, plans: Sequence[Plan]) -> IntArray:
-        if not plans:
-            return np.zeros((0, len(self._keys)), np.int64)
-        rows = np.array(plans, np.int64)
+        return self._sum(np.array(plans, np.int64).reshape(len(plans), len(self.n_levels)))
+
+    def _sum(self, plans: IntArray) -> IntArray:
         total = np.zeros((len(plans), len(self._keys)), np.int64)
         for factor in self._factors:
-            levels = rows[:, list(factor.sites)]
-            if factor.table is not None:
-                total += factor.table[tuple(levels.T)]
-            else:
-                assert factor.cost is not None
-                total += factor.cost(levels)
+            total += factor.rows(plans[:, list(factor.sites)])
         return total
 
     def deltas(self, plan: Plan) -> IntArray:
-        switched = [
-            (*plan[:site], level, *plan[site + 1 :]) for site, n in enumerate(self.n_levels) for level in range(n)
-        ]
-        return self.cost(switched) - self.cost([plan])
+        sites = np.repeat(np.arange(len(plan)), self.n_levels)
+        switched = np.tile(np.array(plan, np.int64), (len(sites), 1))
+        switched[np.arange(len(sites)), sites] = np.concatenate([np.arange(n) for n in self.n_levels])
+        return self._sum(switched) - self._sum(np.array([plan], np.int64))
 
 
 class PeakCosts(ToyCosts):
