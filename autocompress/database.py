@@ -41,7 +41,7 @@ from autocompress.results import Importance
 from autocompress.tasks import Task
 from autocompress.types import Plan, SearchSpace, digest
 
-VERSION = 3
+VERSION = 4
 GRAM_IMAGES = 1024
 ROWS_PER_INPUT = 40
 """Rows of statistics per unfolded input: enough for a stable solve, few enough for two cores."""

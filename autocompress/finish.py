@@ -27,7 +27,7 @@ from autocompress.methods.quantization import ActivationQuant
 from autocompress.op_kinds import is_relu, relu_ceiling
 from autocompress.types import Plan
 
-FINISH_IMAGES = 2048
+FINISH_IMAGES = 1024
 ROWS_PER_INPUT = 90
 RELU_ROUNDS = 2
 REMEMBERED = 2**26

@@ -6,11 +6,12 @@ and distilled models and the state of the clock-dependent choices are on disk, s
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from autocompress.deliver import LOCAL, Delivery, certified, choose, replay_command, timed
 from autocompress.errors import BudgetUnmet, Cancelled, InfeasibleBudget, StoreError, UsageError, VerificationError
 from autocompress.evaluate import ModelEvaluator
-from autocompress.files import make_folder, write_text
+from autocompress.files import make_folder, write_json, write_text
 from autocompress.models import Models
 from autocompress.prepare import Prepared, prepare, recovery_of
 from autocompress.report import make_result
@@ -56,11 +57,14 @@ SPARE = 0.98
 
 
 class _Stages:
-    """Progress ticks and wall time by stage."""
+    """Progress ticks and wall time by stage; ``path``: where it is kept, so that the time before an interruption counts."""
 
-    def __init__(self, progress: Callable[[Progress], None] | None) -> None:
-        self.progress = progress
+    def __init__(self, progress: Callable[[Progress], None] | None, path: Path | None = None) -> None:
+        self.progress, self.path = progress, path
         self.seconds: dict[str, float] = {}
+        if path is not None:
+            with suppress(OSError, ValueError, TypeError, AttributeError):
+                self.seconds = {str(k): float(v) for k, v in json.loads(path.read_bytes()).items()}
         self.stage: Stage = "task"
         self.inner = 0.0  # seconds that stages inside the current one took
 
@@ -75,6 +79,8 @@ class _Stages:
             spent = time.perf_counter() - start
             self.seconds[stage] = self.seconds.get(stage, 0.0) + spent - self.inner
             self.stage, self.inner = outer, inner + spent
+            if self.path is not None:
+                write_json(self.path, self.seconds)
 
     def tick(self, done: int, total: int | None, message: str = "") -> None:
         if self.progress:
@@ -103,7 +109,7 @@ def compress(
         )
     make_folder(out)
     _refuse_foreign(request, out)
-    stages = _Stages(progress)
+    stages = _Stages(progress, out / "seconds.json")
     torch.set_num_threads(request.threads or len(os.sched_getaffinity(0)))
     run = _Run(request, out, task, ledger, stages, cancelled)
     try:
