@@ -182,7 +182,7 @@ def best_within(controller: BaseController, limits: Sequence[IntArray]) -> float
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["amc", "conditional"])
 def test_learning_beats_drawing_at_random(name: str) -> None:
-    """Under the budgets at equal evaluations; ``conditional`` averaged over its targets. ``reinforce`` does so only with a policy."""
+    """Under the budgets at equal evaluations; ``conditional`` averaged over its targets."""
     space, learned, drawn = space_of(*[6] * 8), [], []
     for seed in range(2):
         costs, budgets, evaluator = problem(space, pairs=0.3, seed=seed)
