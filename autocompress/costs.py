@@ -30,6 +30,11 @@ NODE_BYTES, LAYER_BYTES, DEQUANTIZE_BYTES, QUANTIZED_BYTES = 100, 250, 180, 460
 """Bytes of names and attributes in an ONNX file: of an operator without weights, of a layer with its initializers, of a
 ``DequantizeLinear`` behind an initializer, and of a quantized tensor (``QuantizeLinear``, ``DequantizeLinear``, their grid).
 Means over both exporters; what they get wrong on the dense model is made good once its file is known."""
+NAME = 14
+NAMED = {"w8": 9, "int8": 9, "w4": 5}
+FACTOR_NAMED = 14
+"""These means are for layers' names of so many letters; a file repeats a longer one so often for a stored format, and for a
+second factor."""
 STATIC = ("macs", "params", "size_mb")
 
 
@@ -324,6 +329,8 @@ class CostModel:
         for kernel in heavy:
             stored = replace(kernel, format="w8") if weights_only and kernel.format == "int8" else kernel
             total += _static_costs(stored, kernel is heavy[-1] and (template.bias or refitted or len(heavy) > 1))
+        longer = max(0, len(template.op.layer or "") - NAME)
+        total[2] += longer * (sum(NAMED.get(kernel.format, 0) for kernel in heavy) + FACTOR_NAMED * len(heavy[1:]))
         if template.op.kind == "batch_norm":  # factor, shift, mean and variance of each channel
             total += np.array([0, 4 * row[3], 16 * row[3]])
         if template.op.kind == "norm":
