@@ -74,7 +74,7 @@ def test_formats_are_kept_and_made_good(databases: dict[str, LevelDatabase], lab
 def test_anything_mixed_runs_and_is_finite(databases: dict[str, LevelDatabase], name: str) -> None:
     """Random plans over all sites; on the whole they come closer, and none goes astray."""
     database, rng = databases[name], random.Random(2)
-    pairs = [errors(database, database.space.sample(rng)) for _ in range(4)]
+    pairs = [errors(database, database.space.sample(rng)) for _ in range(8)]
     assert all(finished < float("inf") for _, finished in pairs)
     assert sum(finished for _, finished in pairs) < 1.1 * sum(stitched for stitched, _ in pairs)
 
