@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	[ -x $(BIN)/python ] || "$$found" -m venv $(VENV)
 	@# torch on its own first: the build that the constraint and the index agree on, whatever else asks for it.
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,images]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,images,ray,text]'
 	@touch $@
 
 install: $(STAMP)

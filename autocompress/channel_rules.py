@@ -7,7 +7,6 @@ reason, so that nothing is pruned on a guess.
 from __future__ import annotations
 
 import itertools
-import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+
+from autocompress.op_kinds import call_target
 
 Ids = npt.NDArray[np.int64]
 AXIS = "a layer reads another axis than that of the channels"
@@ -74,7 +75,7 @@ class Value:
     """A tensor in the graph: its shape with the batch, and the class of each channel along ``dim``.
 
     ``fix(node, keep)`` rewrites the constants of the node that made it (paddings, slices, sizes). ``parts``: the values of
-    a tuple (chunk, split).
+    a tuple (chunk, split). ``heads``: the channels are attention heads, each with axes of its own; then ``ids`` are of heads.
     """
 
     shape: tuple[int, ...]
@@ -82,6 +83,7 @@ class Value:
     dim: int = 1
     fix: Fix | None = None
     parts: list[Value] | None = None
+    heads: bool = False
 
     def pin(self, classes: Classes, reason: str) -> None:
         classes.pin(self.ids, reason)
@@ -115,7 +117,8 @@ class Call:
         return _opaque(self.shape, self.classes, reason)
 
     def like_input(self, fix: Fix | None = None) -> Value:
-        return Value(self.shape, self.inputs[0].ids, self.inputs[0].dim, fix)
+        source = self.inputs[0]
+        return Value(self.shape, source.ids, source.dim, fix, heads=source.heads)
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         if len(self.node.args) > position:
@@ -126,13 +129,6 @@ class Call:
 def _opaque(shape: tuple[int, ...], classes: Classes, reason: str) -> Value:
     dim = 1 if len(shape) in (2, 4) else len(shape) - 1
     return Value(shape, classes.fresh_pinned(shape[dim] if shape else 0, reason), dim)
-
-
-def call_target(module: fx.GraphModule, node: fx.Node) -> Any:
-    """The called module, function or method name; ``None`` for other nodes."""
-    if node.op == "call_module":
-        return module.get_submodule(str(node.target))
-    return node.target if node.op in ("call_function", "call_method") else None
 
 
 def apply_rule(
@@ -206,13 +202,22 @@ def _spatial(call: Call) -> Value | None:
 
 
 def _elementwise(call: Call) -> Value | None:
-    first, *others = call.inputs
-    for other in others:
-        if other.dim != first.dim or len(other.ids) != len(first.ids) or len(other.shape) != len(first.shape):
+    """Channels of equal place are united; what is the same for all channels (a rotary table beside heads) goes along."""
+    rank = len(call.shape)
+    first = next((v for v in call.inputs if tuple(v.shape) == tuple(call.shape)), call.inputs[0])
+    if len(first.shape) != rank:
+        return None
+    for other in call.inputs:
+        axis = first.dim - (rank - len(other.shape))  # the channels' axis in the other, as broadcasting aligns it
+        if other is first:
+            continue
+        if axis >= 0 and other.dim == axis and len(other.ids) == len(first.ids) and len(other.shape) == rank:
+            call.classes.unite(first.ids, other.ids)
+        elif axis < 0 or (other.shape[axis] == 1 and first.shape[first.dim] > 1):
+            other.pin(call.classes, "they are spread over an axis that is not followed")
+        else:
             return None
-    for other in others:
-        call.classes.unite(first.ids, other.ids)
-    return call.like_input()
+    return Value(call.shape, first.ids, first.dim, heads=first.heads)
 
 
 def _cat(call: Call) -> Value | None:
@@ -240,6 +245,8 @@ def _mean(call: Call) -> Value | None:
 def _flatten(call: Call) -> Value | None:
     """``(N, C, H, W) -> (N, C*H*W)`` in any spelling; sizes are rewritten so that pruned models still run."""
     source = call.inputs[0]
+    if source.heads or source.dim == len(source.shape) - 1 > 1:
+        return _heads(call)
     if source.dim == 1 and len(source.shape) == 2 and call.shape == (*source.shape, 1, 1):
         return Value(call.shape, source.ids, 1, _unflatten)
     if source.dim != 1 or len(call.shape) != 2 or call.shape[0] != source.shape[0]:
@@ -264,6 +271,97 @@ def _unflatten(node: fx.Node, keep: npt.NDArray[np.bool_]) -> None:
             (node.args[0], 1, (-1, 1, 1)),
             {},
         )
+
+
+def _heads(call: Call) -> Value | None:
+    """``(..., heads * d) -> (..., heads, d)`` and back: all channels of a head live and die together."""
+    source, shape = call.inputs[0], tuple(call.shape)
+    if shape == tuple(source.shape):
+        return call.like_input()
+    dim = len(shape) - 2
+    if not source.heads and shape[:-2] == tuple(source.shape[:-1]) and shape[-2] * shape[-1] == source.shape[-1]:
+        matrix = source.ids.reshape(shape[-2:])  # (heads, d)
+        for column in matrix.T[1:]:
+            call.classes.unite(matrix[:, 0], column)
+        ids = matrix[:, 0]
+    elif source.heads and source.dim == len(source.shape) - 2 and shape[:-1] == tuple(source.shape[:-2]):
+        dim, ids = len(shape) - 1, np.repeat(source.ids, source.shape[-1])
+        if shape[-1] != len(ids):
+            return None
+    else:
+        return None
+
+    def fix(node: fx.Node, keep: npt.NDArray[np.bool_]) -> None:
+        _write_size(node, len(shape), dim, int(keep[call.classes.roots(ids)].sum()))
+
+    return Value(shape, ids, dim, fix, heads=not source.heads)
+
+
+def _write_size(node: fx.Node, rank: int, dim: int, size: int) -> None:
+    """Put the channels' new number into a view, reshape or unflatten that has the old one as a constant."""
+    if node.op == "call_module" or getattr(node.target, "__name__", node.target) == "flatten":
+        return
+    if getattr(node.target, "__name__", node.target) == "unflatten":
+        sizes = list(cast(Sequence[Any], node.args[2]))
+        place = len(sizes) - (rank - dim)
+        if isinstance(sizes[place], int) and sizes[place] != -1:
+            sizes[place] = size
+        node.args = (*node.args[:2], tuple(sizes))
+        return
+    flat = len(node.args) > 2 or not isinstance(node.args[1], tuple | list)
+    sizes = list(node.args[1:] if flat else cast(Sequence[Any], node.args[1]))
+    if isinstance(sizes[dim], int) and sizes[dim] != -1:
+        sizes[dim] = size
+    node.args = (node.args[0], *sizes) if flat else (node.args[0], tuple(sizes))
+
+
+def _transpose(call: Call) -> Value | None:
+    source, rank = call.inputs[0], len(call.shape)
+    if getattr(call.node.target, "__name__", call.node.target) == "permute":
+        given = call.node.args[1:] if not isinstance(call.node.args[1], tuple | list) else call.node.args[1]
+        order = [int(cast(int, d)) % rank for d in cast(Sequence[Any], given)]
+    else:
+        a, b = int(call.argument(1, "dim0")) % rank, int(call.argument(2, "dim1")) % rank
+        order = list(range(rank))
+        order[a], order[b] = b, a
+    return Value(call.shape, source.ids, order.index(source.dim), heads=source.heads)
+
+
+def _repeat(call: Call) -> Value | None:
+    """``repeat_interleave`` by a number: each channel (a head of keys) is read that often."""
+    source, times, dim = call.inputs[0], call.argument(1, "repeats"), call.argument(2, "dim")
+    if not isinstance(times, int) or not isinstance(dim, int):
+        return None
+    ids = np.repeat(source.ids, times) if dim % len(call.shape) == source.dim else source.ids
+    return Value(call.shape, ids, source.dim, heads=source.heads)
+
+
+def _attention(call: Call) -> Value | None:
+    """Heads of queries, keys and values at one place live and die together; with ``enable_gqa`` so do those that share."""
+    query, key, value, *masks = call.inputs
+    if any(not v.heads or v.dim != 1 or len(v.shape) != 4 for v in (query, key, value)) or any(
+        len(mask.shape) > 2 and mask.shape[-3] != 1 for mask in masks
+    ):
+        return None
+    for other in (key, value):
+        share = len(query.ids) // len(other.ids)
+        call.classes.unite(query.ids, np.repeat(other.ids, share))
+    for mask in masks:
+        mask.pin(call.classes, "they mask attention")
+    return call.like_input()
+
+
+def _across(call: Call) -> Value | None:
+    """A norm over its last axes: where the channels are among these, each depends on all of them."""
+    source, axes = call.inputs[0], len(cast(Any, call.part).normalized_shape)
+    if source.dim >= len(source.shape) - axes:
+        source.pin(call.classes, f"{call.node.target} normalizes across them")
+    return call.like_input()
+
+
+def _embedding(call: Call) -> Value | None:
+    dim = len(call.shape) - 1
+    return Value(call.shape, call.classes.fresh_pinned(call.shape[dim], f"{call.node.target} stays whole"), dim)
 
 
 def _pad(call: Call) -> Value | None:
@@ -294,7 +392,10 @@ def _getitem(call: Call) -> Value | None:
     if source.parts is not None:
         return source.parts[index] if isinstance(index, int) else None
     index = index if isinstance(index, tuple) else (index,)
-    if any(part is Ellipsis or isinstance(part, int | fx.Node) or part is None for part in index):
+    if index.count(Ellipsis) == 1:
+        at, rest = index.index(Ellipsis), len(source.shape) - len(index) + 1
+        index = (*index[:at], *[slice(None)] * rest, *index[at + 1 :])
+    if any(isinstance(part, int | fx.Node) or part is None for part in index):
         return None
     if not all(isinstance(part, slice) for part in index):
         return None
@@ -319,8 +420,11 @@ def _split(call: Call) -> Value | None:
     source = call.inputs[0]
     is_chunk = getattr(call.node.target, "__name__", call.node.target) == "chunk"
     dim = int(call.argument(2, "dim", 0)) % len(source.shape)
-    if dim != source.dim or not isinstance(call.shape, list):
+    if not isinstance(call.shape, list):
         return None
+    if dim != source.dim:
+        parts = [Value(shape, source.ids, source.dim, heads=source.heads) for shape in call.shape]
+        return Value((), source.ids, source.dim, parts=parts, heads=source.heads)
     bounds = np.cumsum([0, *(shape[dim] for shape in call.shape)])
     pieces = [source.ids[a:b] for a, b in itertools.pairwise(bounds)]
 
@@ -353,6 +457,8 @@ _MODULE_RULES: tuple[tuple[tuple[type[nn.Module], ...], Callable[[Call], Value |
         _spatial,
     ),
     ((nn.Flatten,), _flatten),
+    ((nn.RMSNorm, nn.LayerNorm), _across),
+    ((nn.Embedding,), _embedding),
 )  # fmt: skip
 
 
@@ -382,91 +488,11 @@ _RULES: dict[Any, Callable[[Call], Value | None]] = {
     **dict.fromkeys((torch.cat, torch.concat), _cat),
     **dict.fromkeys((torch.mean, "mean", torch.sum, "sum"), _mean),
     **dict.fromkeys((torch.flatten, "flatten", "view", "reshape", torch.reshape, "squeeze", torch.squeeze), _flatten),
+    **dict.fromkeys((torch.unflatten, "unflatten"), _heads),
+    **dict.fromkeys((torch.transpose, "transpose", torch.permute, "permute"), _transpose),
+    **dict.fromkeys((torch.repeat_interleave, "repeat_interleave"), _repeat),
+    F.scaled_dot_product_attention: _attention,
     **dict.fromkeys((torch.chunk, "chunk", torch.split, "split"), _split),
     F.pad: _pad,
     operator.getitem: _getitem,
 }  # fmt: skip
-
-
-# ---------------------------------------------------------------- what an operation runs as
-
-_KINDS: tuple[tuple[tuple[Any, ...], str], ...] = (
-    ((operator.add, torch.add, operator.sub, "add"), "add"),
-    ((operator.mul, torch.mul, "mul"), "mul"),
-    ((torch.cat, torch.concat), "concat"),
-    ((F.pad,), "pad"),
-    ((operator.getitem,), "slice"),
-    ((F.adaptive_avg_pool2d, torch.mean, "mean"), "global_pool"),
-    ((F.max_pool2d, F.avg_pool2d, torch.max_pool2d), "pool"),
-)
-_FREE = (
-    torch.chunk,
-    "chunk",
-    torch.split,
-    "split",
-    torch.flatten,
-    "flatten",
-    "view",
-    "reshape",
-    "size",
-    "contiguous",
-    F.dropout,
-    "squeeze",
-    torch.squeeze,
-)
-
-
-def is_relu(module: fx.GraphModule, node: fx.Node) -> bool:
-    """ReLU or ReLU6, as module, function or method: what runtimes fuse into the operator before it."""
-    target = call_target(module, node)
-    return isinstance(target, nn.ReLU | nn.ReLU6) or target in (F.relu, F.relu6, torch.relu, "relu")
-
-
-def relu_ceiling(module: fx.GraphModule, node: fx.Node) -> float:
-    """Where a ReLU's output ends: infinity, or 6."""
-    target = call_target(module, node)
-    return 6.0 if isinstance(target, nn.ReLU6) or target is F.relu6 else math.inf
-
-
-def op_kind(target: Any, part: nn.Module | None) -> str:
-    """What a called target runs as (``types.Kernel.kind``); ``free`` where nothing runs."""
-    if isinstance(part, nn.Identity | nn.Dropout | nn.Dropout2d | nn.Flatten):
-        return "free"
-    for types, kind in (
-        ((nn.ReLU, nn.ReLU6), "relu"),
-        ((nn.BatchNorm2d, nn.BatchNorm1d), "batch_norm"),
-        ((nn.AdaptiveAvgPool2d,), "global_pool"),
-        ((nn.MaxPool2d, nn.AvgPool2d), "pool"),
-        (
-            (nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.PReLU),
-            "activation",
-        ),
-        ((nn.Conv2d,), "conv"),
-        ((nn.Linear,), "linear"),
-    ):
-        if isinstance(part, types):
-            return kind
-    if target in (F.relu, F.relu6, torch.relu, "relu"):
-        return "relu"
-    if target in _FREE:
-        return "free"
-    for targets, kind in _KINDS:
-        if target in targets:
-            return kind
-    return "other"
-
-
-def op_window(node: fx.Node, part: nn.Module | None) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Kernel size and stride of a convolution or pooling, as module or function."""
-    size: Any = getattr(part, "kernel_size", None)
-    stride: Any = getattr(part, "stride", None)
-    if part is None:
-        size = node.kwargs.get("kernel_size", node.args[1] if len(node.args) > 1 else 1)
-        stride = node.kwargs.get("stride", node.args[2] if len(node.args) > 2 else None) or size
-
-    def pair(v: Any) -> tuple[int, int]:
-        if isinstance(v, int):
-            return v, v
-        return (int(v[0]), int(v[1])) if isinstance(v, tuple | list) else (1, 1)
-
-    return pair(size), pair(stride)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
+from torch.nn import functional as F
 
 from autocompress.features import Feature, Features
 from autocompress.graph import Graph, Op
@@ -28,6 +30,11 @@ NODE_BYTES, LAYER_BYTES, DEQUANTIZE_BYTES, QUANTIZED_BYTES = 100, 250, 180, 460
 """Bytes of names and attributes in an ONNX file: of an operator without weights, of a layer with its initializers, of a
 ``DequantizeLinear`` behind an initializer, and of a quantized tensor (``QuantizeLinear``, ``DequantizeLinear``, their grid).
 Means over both exporters; what they get wrong on the dense model is made good once its file is known."""
+NAME = 14
+NAMED = {"w8": 9, "int8": 9, "w4": 5}
+FACTOR_NAMED = 14
+"""These means are for layers' names of so many letters; a file repeats a longer one so often for a stored format, and for a
+second factor."""
 STATIC = ("macs", "params", "size_mb")
 
 
@@ -38,7 +45,7 @@ class _Template:
     ``features``: whether it runs, the level of its layer, the width of each tensor it reads and of the one it writes, and
     whether an int8 level quantizes each of these tensors. ``groups``: of a convolution as it is; 0 for one filter a channel,
     however many there are. ``bias``: the dense layer has one, its own or its norm's. ``dense_inputs``: channels it reads when
-    nothing is pruned.
+    nothing is pruned. ``vocabulary``: rows of an embedding's table; ``tied``: another operator counts them.
     """
 
     op: Op
@@ -48,6 +55,8 @@ class _Template:
     groups: int = 1
     bias: bool = True
     dense_inputs: int = 0
+    vocabulary: int = 0
+    tied: bool = False
 
 
 class CostModel:
@@ -76,6 +85,7 @@ class CostModel:
         nodes = graph.module.graph.nodes
         readers = [op.inputs[0] for op in graph.ops if op.inputs]
         self._given = {n.name for n in nodes if n.op == "placeholder" and readers.count(n.name) == 1}
+        self._stored = _constants(graph)
         self._templates = tuple(self._template(op) for op in graph.ops)
         self._features = Features([t.features for t in self._templates], space.n_levels, self._rows)
         self._live = self._live_results()
@@ -119,21 +129,23 @@ class CostModel:
         return {key: float(v) * METRICS[key.partition("@")[0]].scale for key, v in zip(self.keys, row, strict=True)}
 
     def factors(self) -> list[CostFactor]:
-        """The same costs as small tables; ``peak_mb``, a maximum and not a sum, is zero in them."""
+        """The same costs as small tables over levels that an operator tells apart; ``peak_mb``, a maximum and not a sum, is
+        zero in them."""
         constant = np.zeros(len(self.keys), dtype=np.int64)
         constant[: len(self.additive_keys)] = self._overhead()
         factors = [CostFactor("overhead", (), constant)]
         for index, template in enumerate(self._templates):
-            counts = [self.space.n_levels[site] for site in template.sites]
+            merged = [self._features.classes(index, site) for site in template.sites]
+            counts = [len(first) for first, _ in merged]
 
             def rows(levels: IntArray, index: int = index, sites: tuple[int, ...] = template.sites) -> IntArray:
                 return np.pad(self._features.one_operator(index, sites, levels), ((0, 0), (0, 1)))
 
             table = None
             if math.prod(counts) <= MAX_TABLE:
-                grid = np.array(list(itertools.product(*(range(n) for n in counts))), dtype=np.int64)
+                grid = np.array(list(itertools.product(*(first for first, _ in merged))), dtype=np.int64)
                 table = rows(grid.reshape(math.prod(counts), len(counts))).reshape(*counts, len(self.keys))
-            factors.append(CostFactor(template.op.name, template.sites, table, rows))
+            factors.append(CostFactor(template.op.name, template.sites, table, rows, tuple(of for _, of in merged)))
         return factors
 
     def kernels(self, plan: Plan) -> list[tuple[str, tuple[Kernel, ...]]]:
@@ -219,14 +231,26 @@ class CostModel:
         sites = tuple(sorted({site for feature in features for site in feature.sites}))
         groups, bias = self._form(op)
         dense = len(self.graph.values[op.inputs[0]].ids) if op.inputs else 0
-        return _Template(op, features, layer_site, sites, groups, bias, dense)
+        vocabulary, tied = self._table(op) if op.kind == "embedding" else (0, False)
+        return _Template(op, features, layer_site, sites, groups, bias, dense, vocabulary, tied)
+
+    def _table(self, op: Op) -> tuple[int, bool]:
+        """Rows of an embedding, and whether a head reads the same weight (and has it counted)."""
+        name = next(str(node.target) for node in self.graph.module.graph.nodes if node.name == op.node)
+        heads = [
+            node for node in self.graph.module.graph.nodes if node.op == "call_function" and node.target is F.linear
+        ]
+        tied = any(str(n.target) == f"{name}.weight" for head in heads for n in head.all_input_nodes)
+        return int(self.graph.module.get_submodule(name).num_embeddings), tied  # type: ignore[arg-type]
 
     def _form(self, op: Op) -> tuple[int, bool]:
         """Groups and bias of a layer, see :class:`_Template`; a layer without a site is found by its node."""
         if op.kind not in ("conv", "linear"):
             return 1, False
-        name = next(str(node.target) for node in self.graph.module.graph.nodes if node.name == op.node)
-        module = self.graph.module.get_submodule(name)
+        node = next(node for node in self.graph.module.graph.nodes if node.name == op.node)
+        if node.op != "call_module":
+            return 1, len(node.args) > 2 and node.args[2] is not None
+        module = self.graph.module.get_submodule(str(node.target))
         norm = op.layer is not None and self.graph.layers[op.layer].norm is not None
         bias = norm or getattr(module, "bias", None) is not None
         if not isinstance(module, nn.Conv2d) or module.groups == 1:
@@ -239,8 +263,11 @@ class CostModel:
             return ()
         op, n = template.op, len(template.op.inputs)
         widths, flags = features[2 : 3 + n], features[3 + n :]
-        in_shape = self._shape(op.inputs[0] if op.inputs else op.result, widths[0] if n else widths[-1])
-        out_shape = self._shape(op.result, widths[-1])
+        whole = op.kind == "attention"
+        in_shape = self._shape(op.inputs[0] if op.inputs else op.result, widths[0] if n else widths[-1], whole)
+        out_shape = self._shape(op.result, widths[-1], whole)
+        if template.vocabulary:
+            in_shape = (template.vocabulary, *out_shape[1:])
         groups = template.groups or in_shape[0]
         kernel = Kernel(op.kind, in_shape, out_shape, op.kernel, op.stride, groups, "float", op.fused, max(1, n))
         kernels: tuple[Kernel, ...] = (kernel,)
@@ -269,10 +296,11 @@ class CostModel:
         after = (Kernel("quantize", out_shape, out_shape),) if flags[-1] and not integer else ()
         return (*before, *kernels, *after)
 
-    def _shape(self, node: str, width: int) -> tuple[int, ...]:
+    def _shape(self, node: str, width: int, whole: bool = False) -> tuple[int, ...]:
+        """``(C, ...)`` without the batch; what lies behind a head is one axis (it is no image) unless ``whole``."""
         value = self.graph.values[node]
         rest = [size for i, size in enumerate(value.shape) if i not in (0, value.dim)]
-        return (width, *rest)
+        return (width, math.prod(rest)) if value.heads and not whole else (width, *rest)
 
     # ------------------------------------------------------------ sums
 
@@ -292,16 +320,21 @@ class CostModel:
         """MACs, parameters and bytes of an operator; of two factors only the second has the bias."""
         if not kernels:
             return np.zeros(3, dtype=np.int64)
-        heavy = [kernel for kernel in kernels if kernel.weights]
+        heavy = [kernel for kernel in kernels if kernel.weights and not template.tied]
         refitted = template.groups == 1 and row[2] < template.dense_inputs
-        total = np.array([0, 0, 0 if heavy else NODE_BYTES], dtype=np.int64)
+        light = sum(kernel.macs for kernel in kernels if not kernel.weights)  # products without weights: attention
+        total = np.array([light, 0, 0 if heavy else NODE_BYTES], dtype=np.int64)
         steps = self.space.levels[template.layer_site][row[1]].steps if template.layer_site is not None else ()
         weights_only = any(isinstance(step, WeightQuant) for step in steps)
         for kernel in heavy:
             stored = replace(kernel, format="w8") if weights_only and kernel.format == "int8" else kernel
             total += _static_costs(stored, kernel is heavy[-1] and (template.bias or refitted or len(heavy) > 1))
+        longer = max(0, len(template.op.layer or "") - NAME)
+        total[2] += longer * (sum(NAMED.get(kernel.format, 0) for kernel in heavy) + FACTOR_NAMED * len(heavy[1:]))
         if template.op.kind == "batch_norm":  # factor, shift, mean and variance of each channel
             total += np.array([0, 4 * row[3], 16 * row[3]])
+        if template.op.kind == "norm":
+            total += np.array([0, row[3], 4 * row[3]])
         written = row[-1] + (len(heavy) > 1 and heavy[0].format == "int8")
         flags = row[3 + len(template.op.inputs) :]
         written += sum(flag for name, flag in zip(template.op.inputs, flags, strict=False) if name in self._given)
@@ -311,7 +344,7 @@ class CostModel:
     def _overhead(self) -> IntArray:
         """Costs of running anything at all."""
         fixed = [int(getattr(profile, "overhead_ns", 0)) for profile in self.profiles.values()]
-        return np.array([*fixed, 0, 0, self.base_bytes], dtype=np.int64)
+        return np.array([*fixed, 0, self._stored, self.base_bytes], dtype=np.int64)
 
     def _live_results(self) -> IntArray:
         """For each operator in order: which operators' results are live while it runs, itself included.  # (n_ops, n_ops)"""
@@ -335,6 +368,14 @@ class CostModel:
         sizes = width * self._positions * np.where(quantized > 0, 1, 4)
         peak: IntArray = (sizes @ self._live.T).max(axis=1)
         return peak
+
+
+def _constants(graph: Graph) -> int:
+    """Numbers of constants that are no module's weight (rotary tables): a file holds them like parameters."""
+    modules = {str(node.target) for node in graph.module.graph.nodes if node.op == "call_module"}
+    names = {str(node.target) for node in graph.module.graph.nodes if node.op == "get_attr"}
+    free = [name for name in sorted(names) if name.rpartition(".")[0] not in modules]
+    return sum(operator.attrgetter(name)(graph.module).numel() for name in free)
 
 
 def _static_costs(kernel: Kernel, bias: bool) -> IntArray:

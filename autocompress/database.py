@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from autocompress.deploy import fold_norm
 from autocompress.errors import Cancelled, StoreError
 from autocompress.files import write_atomically
+from autocompress.fitness import images_last
 from autocompress.gram import (
     MAX_INPUTS,
     Moments,
@@ -68,6 +69,7 @@ class LevelDatabase:
         settings = [VERSION, task.hash, GRAM_IMAGES, ROWS_PER_INPUT, TAYLOR_IMAGES, seed]
         self.folder = root / digest(settings)
         self.key = digest([settings, self.importance])
+        self.batch_size = min(BATCH, task.batch_size)
         self._grams: dict[str, Tensor] = {}
         self._orders: dict[str, npt.NDArray[np.int64]] = {}
         self._cache: OrderedDict[tuple[object, ...], Weights] = OrderedDict()
@@ -129,8 +131,12 @@ class LevelDatabase:
         return unfolded_size(self.graph.module.get_submodule(name))
 
     def _batches(self, n: int) -> Iterator[Tensor]:
-        for inputs, _ in self.task.batches(self.task.calibration.take(n), BATCH):
+        for inputs, _ in self.task.batches(self.task.calibration.take(n), self.batch_size):
             yield inputs
+
+    def range_batches(self) -> Iterator[Tensor]:
+        """Inputs on which quantized activations are calibrated, as plans are judged."""
+        return map(images_last, self._batches(RANGE_IMAGES))
 
     def _measure_grams(self, names: Sequence[str]) -> dict[str, Tensor]:
         moments = {name: Moments() for name in names}
@@ -161,7 +167,7 @@ class LevelDatabase:
             return {group.name: obs_order(self.graph, group, self.folded, self.gram) for group in groups}
         if self.importance == "taylor" and groups:
             split = self.task.calibration.take(TAYLOR_IMAGES)
-            scores = taylor_importance(self.graph, groups, self.task.batches(split, BATCH), self.task.loss)
+            scores = taylor_importance(self.graph, groups, self.task.batches(split, self.batch_size), self.task.loss)
         else:
             scores = {group.name: l2_importance(self.graph, group) for group in groups}
         return {name: np.argsort(-score, kind="stable").astype(np.int64) for name, score in scores.items()}
@@ -239,22 +245,27 @@ class LevelDatabase:
         """The live model of a plan at the database's rung of refit (dense inputs)."""
 
         def make(layer: Layer, columns: npt.NDArray[np.intp], rows: npt.NDArray[np.intp]) -> dict[str, nn.Module]:
-            steps = self.layer_steps(plan, layer.name)
-            pruned = len(columns) < len(layer.inputs) and not layer.depthwise
-            reshaped = any(isinstance(step, LowRank) for step in steps)
-            if not pruned and not reshaped:
-                return self.sliced(layer, columns, rows, steps)
-            weight, bias = self.refitted(layer, columns)
-            gram = self.gram(layer.name)
-            if gram is not None:
-                kept = torch.cat([columns_of(columns, weight[0, 0].numel()), torch.tensor([len(gram) - 1])])
-                gram = gram[kept][:, kept]
-            index = torch.from_numpy(rows)
-            return self.neutral(layer, weight[index], bias[index], gram, steps)
+            return self.layer_modules(layer, columns, rows, self.layer_steps(plan, layer.name))
 
         model = rebuild(self.graph, self.keep(plan), self.dropped(plan), make)
         self.place_quantizers(model, plan)
         return model
+
+    def layer_modules(
+        self, layer: Layer, columns: npt.NDArray[np.intp], rows: npt.NDArray[np.intp], steps: Sequence[object]
+    ) -> dict[str, nn.Module]:
+        """The live layer, and its norm if it has one, at these channels: all that a plan decides about it."""
+        pruned = len(columns) < len(layer.inputs) and not layer.depthwise
+        reshaped = any(isinstance(step, LowRank) for step in steps)
+        if not pruned and not reshaped:
+            return self.sliced(layer, columns, rows, steps)
+        weight, bias = self.refitted(layer, columns)
+        gram = self.gram(layer.name)
+        if gram is not None:
+            kept = torch.cat([columns_of(columns, weight[0, 0].numel()), torch.tensor([len(gram) - 1])])
+            gram = gram[kept][:, kept]
+        index = torch.from_numpy(rows)
+        return self.neutral(layer, weight[index], bias[index], gram, steps)
 
     def sliced(
         self, layer: Layer, columns: npt.NDArray[np.intp], rows: npt.NDArray[np.intp], steps: Sequence[object]
@@ -267,7 +278,7 @@ class LevelDatabase:
         return made
 
     def neutral(
-        self, layer: Layer, weight: Tensor, bias: Tensor, gram: Tensor | None, steps: Sequence[object]
+        self, layer: Layer, weight: Tensor, bias: Tensor | None, gram: Tensor | None, steps: Sequence[object]
     ) -> dict[str, nn.Module]:
         """A layer from folded weights; its norm gets the statistics of its new outputs, so it is live and changes nothing.
 
@@ -287,7 +298,7 @@ class LevelDatabase:
         norm.num_features = len(weight)
         norm.running_mean, norm.running_var = mean, variance
         norm.weight = nn.Parameter((variance.double() + norm.eps).sqrt().float(), requires_grad=False)
-        norm.bias = nn.Parameter(mean + bias, requires_grad=False)
+        norm.bias = nn.Parameter(mean if bias is None else mean + bias, requires_grad=False)
         made[layer.norm] = norm
         return made
 
@@ -327,7 +338,7 @@ class LevelDatabase:
                 setattr(model.get_submodule(parent), leaf, nn.Sequential(module[0], RangeObserver(), module[1]))
         model.recompile()
         with torch.no_grad():
-            for inputs in self._batches(RANGE_IMAGES):
+            for inputs in self.range_batches():
                 model(inputs)
         freeze_ranges(model)
 

@@ -38,13 +38,13 @@ def deploy(live: fx.GraphModule) -> fx.GraphModule:
     modules = dict(live.named_modules(remove_duplicate=False))
     for node in list(model.graph.nodes):
         layer = modules.get(str(node.target)) if node.op == "call_module" else None
-        parts = list(layer) if isinstance(layer, nn.Sequential) else [layer]
-        if not isinstance(parts[-1], nn.Conv2d | nn.Linear):
+        if layer is None or not isinstance(
+            layer[-1] if isinstance(layer, nn.Sequential) else layer, nn.Conv2d | nn.Linear
+        ):
             continue
         norm = _norm_behind(node, modules)
-        grids = [modules.get(str(node.all_input_nodes[0].target)), *parts]  # what each part reads
-        new = [_deployed(p, norm if p is parts[-1] else None, grid) for p, grid in zip(parts, grids, strict=False)]
-        set_submodule(model, str(node.target), nn.Sequential(*new) if isinstance(layer, nn.Sequential) else new[0])
+        grid = modules.get(str(node.all_input_nodes[0].target))
+        set_submodule(model, str(node.target), deploy_layer(layer, norm, grid))
         if norm is not None:
             after = next(iter(node.users))
             after.replace_all_uses_with(node)
@@ -52,6 +52,17 @@ def deploy(live: fx.GraphModule) -> fx.GraphModule:
     model.delete_all_unused_submodules()
     model.recompile()
     return model.eval()
+
+
+def deploy_layer(layer: nn.Module, norm: nn.Module | None, grid: object) -> nn.Module:
+    """One layer or its chain of factors with the norm behind it folded. ``grid``: the quantizer of its input, if it has one."""
+    if not isinstance(layer, nn.Sequential):
+        return _deployed(layer, norm, grid)
+    parts = list(layer)
+    grids = [grid, *parts]  # what each part reads
+    return nn.Sequential(
+        *(_deployed(p, norm if p is parts[-1] else None, g) for p, g in zip(parts, grids, strict=False))
+    )
 
 
 def _norm_behind(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:

@@ -10,6 +10,7 @@ AutoCompressError            exit 2   something about the request or the environ
 ├── VerificationError        exit 4   an exported file does not compute what was searched
 ├── MeasurementError         exit 2   a device cannot be measured, or only with too much noise
 ├── StoreError               exit 2   the job store or the disk refuses
+├── WorkerError              exit 2   worker processes cannot be used, or end again and again
 └── Cancelled                exit 130 stopped by the user; everything so far is kept
 """
 
@@ -73,6 +74,10 @@ class MeasurementError(AutoCompressError):
 
 class StoreError(AutoCompressError):
     """The job store or the disk refuses."""
+
+
+class WorkerError(AutoCompressError):
+    """Worker processes cannot be used as they are, or end again and again."""
 
 
 class Cancelled(AutoCompressError):

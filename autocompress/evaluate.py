@@ -10,24 +10,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from autocompress.costs import CostModel
 from autocompress.database import LevelDatabase
 from autocompress.deploy import deploy
 from autocompress.errors import UsageError
 from autocompress.finish import finish
-from autocompress.tasks import Split, Task
+from autocompress.fitness import LAYOUT, Teacher, fitness, forward, images_last, slice_of, weights_last
+from autocompress.stitched import Stitched
+from autocompress.tasks import Split
 from autocompress.types import METRICS, Budget, Evaluation, Fidelity, Ledger, Plan, Query, digest
 
-SLICE = 256
-BATCH = 128
+VALUES = ("loss", "metric", "accuracy_drop")
+Measured = dict[str, float | None]
+"""``VALUES`` and ``seconds``; ``None`` where a value is not a number."""
 
 
 class NoLedger:
@@ -43,12 +44,90 @@ class NoLedger:
         self._kept[key] = dict(value)
 
 
+class Measurer:
+    """Runs plans of one database and measures how they answer; what a worker process has, too.
+
+    ``build``: ``(plan, rung) -> deployed model``; by default stitched, or finished for ``refitted``, nothing for ``recovered``
+    (the pipeline gives one that knows distillation and keeps models on disk). Stitched rungs need no model of their own (see
+    :mod:`~autocompress.stitched`), unless ``plain``; values are the same. ``limit``: bytes of activations to keep.
+    """
+
+    def __init__(
+        self,
+        database: LevelDatabase,
+        build: Callable[[Plan, Fidelity], nn.Module] | None = None,
+        *,
+        plain: bool = False,
+        limit: int | None = None,
+    ) -> None:
+        self.database, self.task = database, database.task
+        self.build = build or self._build
+        self.batch, self.slice = self.task.batch_size, slice_of(self.task)
+        self.stitched = None if plain else Stitched(database, self.slice, len(self.task.search), limit)
+        self._teacher: Teacher | None = None
+        self._reference: Tensor | None = None
+
+    def __call__(self, plan: Plan, fidelity: Fidelity) -> Measured:
+        """The values of a plan at a rung, and the seconds it took."""
+        start = time.perf_counter()
+        loss, score, original = self._original().judge(self._outputs(plan, fidelity))
+        drop = round(self.task.drop_of(original - score), 9)  # 3 of 300 are 1 point, no more
+        found = {"loss": loss, "metric": self.task.metric_of(score), "accuracy_drop": drop}
+        values = {name: value if math.isfinite(value) else None for name, value in found.items()}
+        return {**values, "seconds": time.perf_counter() - start}
+
+    def reference(self) -> Tensor:
+        """The original's outputs on the search split, computed once."""
+        if self._reference is None:
+            self._reference = torch.cat(list(self._dense()))
+        return self._reference
+
+    def _original(self) -> Teacher:
+        if self._teacher is None:
+            self._teacher = Teacher(self.task, self.task.search, self._dense())
+        return self._teacher
+
+    def _dense(self) -> Iterator[Tensor]:
+        dense, split = self.database.space.dense, self.task.search
+        if self.stitched is not None:
+            return self.stitched.outputs(dense, split, self.batch)
+        return self._run(self._build(dense, "full"), split)
+
+    def _outputs(self, plan: Plan, fidelity: Fidelity) -> Iterator[Tensor]:
+        split = self.task.search.take(self.slice) if fidelity == "slice" else self.task.search
+        if self.stitched is not None and fidelity in ("slice", "full"):
+            return self.stitched.outputs(plan, split, self.batch)
+        return self._run(self.build(plan, fidelity), split)
+
+    def _run(self, model: nn.Module, split: Split) -> Iterator[Tensor]:
+        weights_last(model)
+        for inputs, _ in self.task.batches(split, self.batch):
+            with torch.inference_mode():
+                outputs = model(images_last(inputs))
+            yield outputs
+
+    def _build(self, plan: Plan, fidelity: Fidelity) -> nn.Module:
+        if fidelity == "recovered":
+            raise UsageError("The rung 'recovered' needs a recovery; evaluate up to 'refitted', or give one.")
+        return deploy(finish(self.database, plan) if fidelity == "refitted" else self.database.stitch(plan))
+
+
+class Workers(Protocol):
+    """Other processes with a :class:`Measurer` each. ``width``: how many plans they judge at once; ``rungs``: at which rungs."""
+
+    width: int
+    rungs: tuple[Fidelity, ...]
+
+    def measure(self, queries: Sequence[Query]) -> Iterator[tuple[int, Measured]]:
+        """(index of a query, its values), as they are done."""
+        ...
+
+
 class ModelEvaluator:
     """Judges plans of one database; ``budgets`` are absolute.
 
-    ``build``: ``(plan, rung) -> deployed model``; by default stitched, or finished for ``refitted``, and nothing for
-    ``recovered`` (the pipeline gives one that knows distillation and keeps models on disk). ``recovery_key()`` is what else
-    decides that rung. ``counts`` has evaluations by rung that ran a model (cached ones left out), ``seconds`` their time.
+    ``measurer``: what runs models here; ``workers``: who else does. ``recovery_key()`` is what else decides the rung
+    ``recovered``. ``counts`` has evaluations by rung that ran a model (cached ones left out), ``seconds`` their time.
     """
 
     def __init__(
@@ -59,51 +138,66 @@ class ModelEvaluator:
         ledger: Ledger | None = None,
         *,
         threads: int = 1,
-        build: Callable[[Plan, Fidelity], nn.Module] | None = None,
+        measurer: Measurer | None = None,
         recovery_key: Callable[[], object] = lambda: None,
     ) -> None:
         self.database, self.costs, self.budgets = database, costs, tuple(budgets)
         self.ledger = ledger if ledger is not None else NoLedger()
-        self.task: Task = database.task
-        self.build = build or self._build
+        self.measurer = measurer or Measurer(database)
+        self.workers: Workers | None = None
         self.counts: dict[Fidelity, int] = {}
         self.seconds: dict[Fidelity, float] = {}
-        self._key = digest([database.key, SLICE, BATCH, threads])
+        self._key = digest([database.key, self.measurer.slice, self.measurer.batch, LAYOUT, threads])
         self.recovery_key = recovery_key
-        self._reference: Tensor | None = None
 
     def __call__(self, queries: Sequence[Query]) -> list[Evaluation]:
-        """Evaluations in ask order."""
-        return [self._one(query) for query in queries]
+        """Evaluations in ask order; what the ledger does not know is measured once."""
+        keys = [None if q.fidelity == "table" else self.key(q.plan, q.fidelity) for q in queries]
+        known = {key: self.ledger.get(key) for key in keys if key is not None}
+        missing = {key: q for key, q in zip(keys, queries, strict=True) if key is not None and known[key] is None}
+        names = list(missing)
+        for index, values in self._measured(list(missing.values())):
+            self._count(missing[names[index]].fidelity, float(values["seconds"] or 0.0))
+            self.ledger.put(names[index], values)
+            known[names[index]] = values
+        fresh = set(names)
+        found = []
+        for key, query in zip(keys, queries, strict=True):
+            found.append(self._evaluation(query, known[key] if key else None, key not in fresh))
+            fresh.discard(key or "")
+        return found
+
+    @property
+    def width(self) -> int:
+        """How many plans are judged at the same time."""
+        return self.workers.width if self.workers is not None else 1
 
     def key(self, plan: Plan, fidelity: Fidelity) -> str:
         """The ledger's key of a plan at a rung."""
         base = digest([self._key, self.recovery_key()]) if fidelity == "recovered" else self._key
         return digest([base, self.database.space.plan_to_json(plan), fidelity])
 
-    def _build(self, plan: Plan, fidelity: Fidelity) -> nn.Module:
-        if fidelity == "recovered":
-            raise UsageError("The rung 'recovered' needs a recovery; evaluate up to 'refitted', or give one.")
-        return deploy(finish(self.database, plan) if fidelity == "refitted" else self.database.stitch(plan))
+    def _measured(self, queries: list[Query]) -> Iterator[tuple[int, Measured]]:
+        """Values of queries by index: workers begin, what they cannot do is done here."""
+        away = [i for i, q in enumerate(queries) if self.workers is not None and q.fidelity in self.workers.rungs]
+        if self.workers is not None and away:
+            for index, values in self.workers.measure([queries[i] for i in away]):
+                yield away[index], values
+        for index, query in enumerate(queries):
+            if index not in away:
+                yield index, self.measurer(query.plan, query.fidelity)
 
-    def _one(self, query: Query) -> Evaluation:
+    def _count(self, fidelity: Fidelity, seconds: float) -> None:
+        self.counts[fidelity] = self.counts.get(fidelity, 0) + 1
+        self.seconds[fidelity] = self.seconds.get(fidelity, 0.0) + seconds
+
+    def _evaluation(self, query: Query, known: dict[str, Any] | None, cached: bool) -> Evaluation:
         costs = self.costs.in_units(query.plan)
-        if query.fidelity == "table":
-            return Evaluation(query.plan, "table", {}, costs, self.violation(costs, {}))
-        key = self.key(query.plan, query.fidelity)
-        known = self.ledger.get(key)
-        cached = known is not None
         if known is None:
-            start = time.perf_counter()
-            known = {**self._measure(query.plan, query.fidelity)}
-            known["seconds"] = seconds = time.perf_counter() - start
-            self.ledger.put(key, known)
-            self.counts[query.fidelity] = self.counts.get(query.fidelity, 0) + 1
-            self.seconds[query.fidelity] = self.seconds.get(query.fidelity, 0.0) + seconds
+            return Evaluation(query.plan, query.fidelity, {}, costs, self.violation(costs, {}))
         values = {name: float(known[name]) if known[name] is not None else math.nan for name in VALUES}
-        return Evaluation(
-            query.plan, query.fidelity, values, costs, self.violation(costs, values), float(known["seconds"]), cached
-        )
+        violation, seconds = self.violation(costs, values), float(known["seconds"])
+        return Evaluation(query.plan, query.fidelity, values, costs, violation, seconds, cached)
 
     def violation(self, costs: dict[str, float], values: dict[str, float]) -> float:
         """Sum of the budgets' relative violations; quality budgets count only once quality is known."""
@@ -115,42 +209,5 @@ class ModelEvaluator:
                 total += budget.violation(costs[budget.key])
         return total
 
-    def _measure(self, plan: Plan, fidelity: Fidelity) -> dict[str, float | None]:
-        split = self.task.search.take(SLICE) if fidelity == "slice" else self.task.search
-        outputs = forward(self.build(plan, fidelity), self.task, split)
-        reference = self.reference()[: len(outputs)]
-        loss = fitness(self.task, outputs, reference, split.targets)
-        metric = self.task.metric(outputs, split.targets)
-        drop = self.task.metric(reference, split.targets) - metric
-        drop = round(
-            drop * self.task.points * (1 if self.task.higher_is_better else -1), 9
-        )  # 3 of 300 are 1 point, no more
-        found = {"loss": loss, "metric": metric, "accuracy_drop": drop}
-        return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
-    def reference(self) -> Tensor:
-        """The original's outputs on the search split, computed once."""
-        if self._reference is None:
-            self._reference = forward(
-                deploy(self.database.stitch(self.database.space.dense)), self.task, self.task.search
-            )
-        return self._reference
-
-
-VALUES = ("loss", "metric", "accuracy_drop")
-
-
-def forward(model: nn.Module, task: Task, split: Split) -> Tensor:
-    """Outputs of a model on a split.  # (n, ...)"""
-    with torch.inference_mode():
-        return torch.cat([model(inputs) for inputs, _ in task.batches(split, BATCH)])
-
-
-def fitness(task: Task, outputs: Tensor, reference: Tensor, targets: Tensor) -> float:
-    """What the search minimizes: KL(original || compressed) in nats, squared error, or the task's own loss."""
-    if task.fitness == "kl":
-        log_p, log_q = functional.log_softmax(reference.double(), 1), functional.log_softmax(outputs.double(), 1)
-        return float((log_p.exp() * (log_p - log_q)).sum(1).mean())
-    if task.fitness == "mse":
-        return float((outputs.double() - reference.double()).pow(2).mean())
-    return float(np.float64(task.loss(outputs, targets)))
+__all__ = ["Measured", "Measurer", "ModelEvaluator", "NoLedger", "Workers", "fitness", "forward"]

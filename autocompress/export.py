@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import io
 import logging
 import tempfile
@@ -17,6 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 import torch
 from torch import Tensor, nn
@@ -41,6 +44,8 @@ from autocompress.onnx_quant import (
 
 Exporter = Literal["dynamo", "legacy"]
 EXPORTERS: tuple[Exporter, ...] = ("dynamo", "legacy")
+TWIN_NUMBERS = 1024
+"""Smaller matrices are not worth a node."""
 LEGACY_OPSET = 20
 """The highest opset the legacy exporter writes; nothing it writes changes its meaning in opset 21."""
 
@@ -173,9 +178,24 @@ class _MarkedLayer(nn.Module):
         return nn.functional.linear(x, weight, self.bias)
 
 
+class _PlainRMSNorm(nn.Module):
+    """An RMSNorm in plain operators: the legacy exporter has none, and ONNX Runtime fuses this form."""
+
+    def __init__(self, norm: nn.RMSNorm) -> None:
+        super().__init__()
+        self.weight, self.axes = norm.weight, list(range(-len(norm.normalized_shape), 0))
+        self.eps = norm.eps if norm.eps is not None else torch.finfo(torch.float32).eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = x / torch.sqrt(x.pow(2).mean(self.axes, keepdim=True) + self.eps)
+        return normed if self.weight is None else normed * self.weight
+
+
 def _marked(model: nn.Module, grids: Grids, exporter: Exporter) -> nn.Module:
     """A copy of ``model`` whose quantized weights and tensors are markers."""
     marked = copy.deepcopy(model)
+    for name, norm in [(n, m) for n, m in marked.named_modules() if n and isinstance(m, nn.RMSNorm)]:
+        marked.set_submodule(name, _PlainRMSNorm(norm))
     for name in grids.activations:
         marked.set_submodule(name, _MarkedActivation(name, exporter))
     for name in grids.weights:
@@ -206,11 +226,56 @@ def _export_with(
     except Exception as error:
         raise UnsupportedModel(f"The {exporter} exporter cannot write this model: {_reason(error)}") from error
     insert_quantization(proto, grids, int8_format)
+    _name_weights(proto.graph, model)
+    _store_once(proto.graph)
     try:
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
         raise VerificationError(f"The {exporter} exporter wrote an invalid graph: {first_line(error)}") from error
     return proto
+
+
+def _name_weights(graph: onnx.GraphProto, model: nn.Module) -> None:
+    """Give weights that an exporter transposed and renamed (linear layers on sequences) the names of their layers back."""
+    names = {t.name for t in graph.initializer}
+    numbered: dict[bytes, onnx.TensorProto] = {}
+    for tensor in graph.initializer:
+        if len(tensor.dims) == 2 and tensor.data_type == onnx.TensorProto.FLOAT:
+            numbered.setdefault(_fingerprint(onnx.numpy_helper.to_array(tensor)), tensor)
+    new: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and f"{name}.weight" not in names:
+            found = numbered.get(_fingerprint(module.weight.detach().numpy().T))
+            if found is not None and found.name not in new and not found.name.endswith(".weight"):
+                new[found.name] = f"{name}.weight"
+    for tensor in graph.initializer:
+        tensor.name = new.get(tensor.name, tensor.name)
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = new.get(name, name)
+
+
+def _fingerprint(array: npt.NDArray[Any]) -> bytes:
+    return hashlib.blake2b(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes()).digest()
+
+
+def _store_once(graph: onnx.GraphProto) -> None:
+    """A matrix that stands in the file twice, once transposed, is stored once: a head that is tied to its embedding.
+
+    ONNX Runtime transposes it again when it loads the file.
+    """
+    matrices = [t for t in graph.initializer if len(t.dims) == 2 and t.data_type == onnx.TensorProto.FLOAT]
+    kept: dict[tuple[int, ...], list[onnx.TensorProto]] = {}
+    for tensor in matrices:
+        array = onnx.numpy_helper.to_array(tensor)
+        twins = kept.get(array.shape[::-1], [])
+        twin = next((t for t in twins if np.array_equal(onnx.numpy_helper.to_array(t).T, array)), None)
+        if twin is None or array.size < TWIN_NUMBERS:
+            kept.setdefault(array.shape, []).append(tensor)
+            continue
+        node = onnx.helper.make_node("Transpose", [twin.name], [tensor.name], f"{tensor.name}_transpose", perm=[1, 0])
+        graph.initializer.remove(tensor)
+        graph.node.insert(0, node)
 
 
 def _dynamo(model: nn.Module, inputs: tuple[Tensor, ...], opset: int) -> onnx.ModelProto:

@@ -126,6 +126,13 @@ class Features:
         start = self.starts[operator]
         return tuple(values[start : start + self.counts[operator]].tolist())
 
+    def classes(self, operator: int, site: int) -> tuple[IntArray, IntArray]:
+        """Levels of a site that an operator cannot tell apart: the first of each class, the class of each level."""
+        mine = slice(self.starts[operator], self.starts[operator] + self.counts[operator])
+        own = self._gain[self.offsets[site] : self.offsets[site + 1], mine]
+        _, first, of = np.unique(own, axis=0, return_index=True, return_inverse=True)
+        return first.astype(np.int64), of.reshape(-1).astype(np.int64)
+
     def one_operator(self, operator: int, sites: Sequence[int], levels: IntArray) -> IntArray:
         """Rows of one operator at levels of the sites that have a say in it  # (n, len(sites)) -> (n, n_keys)"""
         mine = slice(self.starts[operator], self.starts[operator] + self.counts[operator])

@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
-from autocompress.channel_rules import is_relu, relu_ceiling
-from autocompress.database import BATCH, RANGE_IMAGES, LevelDatabase, RangeObserver, freeze_ranges
+from autocompress.database import RANGE_IMAGES, LevelDatabase, RangeObserver, freeze_ranges
 from autocompress.deploy import fold_norm, set_submodule
 from autocompress.errors import Cancelled
 from autocompress.gram import Moments, output_rows, positions, solve, unfold
 from autocompress.graph import Keep, Layer
 from autocompress.methods import LowRank
 from autocompress.methods.quantization import ActivationQuant
+from autocompress.op_kinds import is_relu, relu_ceiling
 from autocompress.types import Plan
 
 FINISH_IMAGES = 1024
@@ -115,8 +116,11 @@ class _Refit:
         gram = self.database.gram(layer.name)
         if gram is None or not (new_inputs or any(isinstance(step, LowRank) for step in steps)):
             return  # on the inputs it was trained on, a layer's own weights are the best fit before rounding
-        moments, solution = self._fit(_Rows(self, layer, node, -(-ROWS_PER_INPUT * len(gram) // self.images)))
-        weight, bias = solution[:, :-1].float(), solution[:, -1].float()
+        lost = not self.keep[layer.inputs].all() or any(isinstance(step, LowRank) for step in steps)
+        rows = _Rows(self, layer, node, -(-ROWS_PER_INPUT * len(gram) // self.images))
+        biased = rows.like.bias is not None or layer.norm is not None or lost  # as the cost tables have it
+        moments, solution = self._fit(rows, biased)
+        weight, bias = solution[:, :-1].float(), solution[:, -1].float() if biased else None
         kept = len(layer.kept_outputs(self.keep)), len(layer.kept_inputs(self.keep))
         shape = (*kept, *self.database.folded(layer.name)[0].shape[2:])
         made = self.database.neutral(layer, weight.reshape(shape), bias, moments.gram, steps)
@@ -124,12 +128,12 @@ class _Refit:
             self._install(name, part, layer)
         self._calibrate_inside(layer, source)
 
-    def _fit(self, rows: _Rows) -> tuple[Moments, Tensor]:
-        """Least squares up to the ReLU behind.  # moments, (out, in * area + 1)"""
+    def _fit(self, rows: _Rows, biased: bool) -> tuple[Moments, Tensor]:
+        """Least squares up to the ReLU behind; the bias stands last, 0 unless ``biased``.  # moments, (out, in * area + 1)"""
         moments = Moments()
         for x, target, offset in rows:
             moments.add(x, target - offset)
-        solution = solve(moments.gram, moments.cross)
+        solution = _solved(moments.gram, moments.cross, biased)
         if (ceiling := rows.ceiling) is None:
             return moments, solution
         for _ in range(RELU_ROUNDS):
@@ -139,7 +143,7 @@ class _Refit:
                 low = torch.where(target < 0, made.clamp_max(0), target)
                 wanted = torch.where(target > ceiling, made.clamp_min(ceiling), low)
                 cross += ((wanted - offset).T @ x).double()
-            solution = solve(moments.gram, cross / moments.rows)
+            solution = _solved(moments.gram, cross / moments.rows, biased)
         return moments, solution
 
     def ceiling(self, layer: Layer, total: str | None) -> float | None:
@@ -174,7 +178,7 @@ class _Refit:
 
     def _recalibrate(self, node: fx.Node) -> None:
         """Ranges of the compressed model as it is now, on as many inputs as at the database's rung."""
-        seen = self.env[node.all_input_nodes[0]][: -(-RANGE_IMAGES // BATCH)]
+        seen = self.env[node.all_input_nodes[0]][: -(-RANGE_IMAGES // self.database.batch_size)]
         low, high = min(float(b.min()) for b in seen), max(float(b.max()) for b in seen)
         set_submodule(self.model, str(node.target), ActivationQuant(low, high))
 
@@ -190,9 +194,15 @@ class _Refit:
         """Ranges between the two factors of an int8 low-rank layer."""
         module = self.model.get_submodule(layer.name)
         if isinstance(module, nn.Sequential) and any(isinstance(part, RangeObserver) for part in module):
-            for batch in self.env[source][: -(-RANGE_IMAGES // BATCH)]:
+            for batch in self.env[source][: -(-RANGE_IMAGES // self.database.batch_size)]:
                 module(batch)
             freeze_ranges(module)
+
+
+def _solved(gram: Tensor, cross: Tensor, biased: bool) -> Tensor:
+    if biased:
+        return solve(gram, cross)
+    return functional.pad(solve(gram[:-1, :-1], cross[:, :-1], ones=False), (0, 1))
 
 
 Rows = tuple[Tensor, Tensor, Tensor]  # (rows, in * area + 1), (rows, out), (rows, out) or (1, 1): one batch

@@ -104,11 +104,12 @@ def columns_of(channels: npt.NDArray[np.intp], area: int) -> Tensor:
     return torch.from_numpy((np.asarray(channels)[:, None] * area + np.arange(area)).reshape(-1))
 
 
-def solve(gram: Tensor, cross: Tensor, ridge: float = RIDGE) -> Tensor:
-    """``cross (gram + ridge I)^-1``; the last row and column (the ones) are not damped.  # (out, d)"""
+def solve(gram: Tensor, cross: Tensor, ridge: float = RIDGE, ones: bool = True) -> Tensor:
+    """``cross (gram + ridge I)^-1``; the last row and column, if they are the ``ones``, are not damped.  # (out, d)"""
     n = len(gram)
-    damp = gram.diagonal()[:-1].mean().clamp_min(1e-12) * ridge * torch.ones(n, dtype=gram.dtype)
-    damp[-1] = 1e-9
+    damp = gram.diagonal()[: n - ones].mean().clamp_min(1e-12) * ridge * torch.ones(n, dtype=gram.dtype)
+    if ones:
+        damp[-1] = 1e-9
     factor, info = torch.linalg.cholesky_ex(gram + damp.diag())
     if int(info) != 0:  # singular up to rounding: the pseudo-inverse is the least-norm answer
         inverse: Tensor = torch.linalg.pinv(gram + damp.diag(), hermitian=True)

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from autocompress.channel_rules import AXIS, Classes, Value, apply_rule, call_target, is_relu, op_kind, op_window
+from autocompress.blocks import Block, find_blocks
+from autocompress.channel_rules import AXIS, Classes, Value, apply_rule
 from autocompress.errors import UnsupportedModel
+from autocompress.op_kinds import call_target, is_relu, op_kind, op_window
 from autocompress.tracing import Shapes, check_faithful, normalized
 
 Keep = npt.NDArray[np.bool_]
@@ -71,16 +73,6 @@ class Group:
     classes: npt.NDArray[np.int64]
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Block:
-    """A residual branch: ``add`` reads ``skip`` and the branch's last node; ``body`` are the nodes in between."""
-
-    name: str
-    add: str
-    skip: str
-    body: frozenset[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +131,7 @@ def trace(model: nn.Module, example: Tensor, *, proofs: bool = True) -> Graph:
         layers={name: _resolved(layer, classes) for name, layer in layers.items()},
         channelwise={name: classes.roots(ids) for name, ids in channelwise.items()},
         groups=groups,
-        blocks=_find_blocks(module, values),
+        blocks=find_blocks(module, values),
         ops=(),
         n_classes=len(classes),
         refused=refused,
@@ -225,10 +217,20 @@ def _left_alone(module: fx.GraphModule, layers: Mapping[str, Layer]) -> dict[str
             part = module.get_submodule(str(node.target))
             if any(parameter.ndim > 1 for parameter in part.parameters()):
                 shared = "it is used in more than one place" if uses[str(node.target)] > 1 else ""
-                found[str(node.target)] = shared or f"a {type(part).__name__} stays as it is"
+                kind = type(part).__name__
+                article = "an" if kind[0] in "AEIO" else "a"
+                found[str(node.target)] = shared or f"{article} {kind} stays as it is"
         elif node.op == "call_function" and node.target in (F.conv2d, F.linear):
-            found[node.name] = "it is a function call, and only modules are compressed"
+            owner = _owner_of_weight(node, {str(n.target) for n in module.graph.nodes if n.op == "call_module"})
+            function = "it is a function call, and only modules are compressed"
+            found[node.name] = f"its weight is that of {owner}, too" if owner else function
     return found
+
+
+def _owner_of_weight(node: fx.Node, modules: Iterable[str]) -> str | None:
+    """The called module whose parameter a function reads as its weight (a head tied to the embedding)."""
+    parents = {str(n.target).rpartition(".")[0] for n in node.all_input_nodes if n.op == "get_attr"}
+    return next(iter(sorted(parents & set(modules))), None)
 
 
 def _input_ids(part: nn.Conv2d | nn.Linear, source: Value, classes: Classes) -> npt.NDArray[np.int64]:
@@ -305,46 +307,6 @@ def _copies(layers: Mapping[str, Layer], classes: Classes) -> dict[int, tuple[in
     return {root: tuple(counts) for root, counts in found.items()}
 
 
-def _find_blocks(module: fx.GraphModule, values: Mapping[str, Value]) -> tuple[Block, ...]:
-    """Additions one of whose sides is the other's own input, with a branch that nobody else reads."""
-    blocks = []
-    for node in module.graph.nodes:
-        if call_target(module, node) not in (operator.add, torch.add, "add") or len(node.all_input_nodes) != 2:
-            continue
-        if node.kwargs:  # torch.add(x, y, alpha=...) is more than a sum
-            continue
-        for skip, last in (node.all_input_nodes, node.all_input_nodes[::-1]):
-            body = _branch(skip, last)
-            if body is None or values[skip.name].shape != values[node.name].shape:
-                continue
-            if all(user is node or user.name in body for part in body.values() for user in part.users):
-                first = next((p for p in body.values() if p.op == "call_module"), node)
-                prefix = str(first.target).rpartition(".")[0] or node.name
-                blocks.append(Block(prefix, node.name, skip.name, frozenset(body)))
-                break
-    counts: dict[str, int] = {}
-    named = []
-    for block in blocks:
-        seen = counts[block.name] = counts.get(block.name, 0) + 1
-        named.append(block if seen == 1 else Block(f"{block.name}#{seen}", block.add, block.skip, block.body))
-    return tuple(named)
-
-
-def _branch(skip: fx.Node, last: fx.Node) -> dict[str, fx.Node] | None:
-    """Nodes between ``skip`` and ``last`` if every path back from ``last`` ends in ``skip`` (constants aside)."""
-    body: dict[str, fx.Node] = {}
-    stack = [last]
-    while stack:
-        node = stack.pop()
-        if node is skip or node.name in body:
-            continue
-        if node.op == "placeholder":
-            return None
-        body[node.name] = node
-        stack.extend(node.all_input_nodes)
-    return dict(sorted(body.items())) if any(node.op == "call_module" for node in body.values()) else None
-
-
 def _find_ops(graph: Graph, nodes: Mapping[str, fx.Node]) -> tuple[Op, ...]:
     """The executed operators, with batch norm folded and ReLU fused into what precedes it."""
     module, ops = graph.module, []
@@ -381,6 +343,8 @@ def _find_ops(graph: Graph, nodes: Mapping[str, fx.Node]) -> tuple[Op, ...]:
         kind = op_kind(call_target(module, node), part)
         if kind == "free":
             continue
+        if kind == "linear":  # a function call: its weight is no tensor that an operator made
+            inputs = inputs[:1]
         last, fused, size, stride = node, "", (1, 1), (1, 1)
         user = _only_user(node)
         if kind in ("add", "batch_norm") and user is not None and is_relu(module, user):

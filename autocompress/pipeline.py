@@ -31,8 +31,11 @@ from autocompress.search import run as run_search
 from autocompress.tasks import Task
 from autocompress.types import METRICS, Budget, Evaluation, Fidelity, Ledger, Objective, Plan, Query
 from autocompress.verify import Certificate, certificate_of
+from autocompress.workers import LocalWorkers, Opening, RayWorkers, workers_of
 
 DEFAULT_EVALUATIONS = 400
+BATCH = 8
+"""Plans asked for at once; with workers, enough to keep them busy. What is asked does not depend on it."""
 REFITTED = 10
 """Plans that are judged after sequential refit: the best under the budgets' costs, and a spread over the front."""
 RECOVERED = 4
@@ -99,14 +102,22 @@ def compress(
     be known, :class:`BudgetUnmet` after everything is written when the measured plan misses a budget, :class:`Cancelled`
     when stopped; every evaluation is kept then.
     """
+    if task is not None and request.workers is not None:
+        raise UsageError(
+            "Workers load the task by its name, and a Task object given in Python has none; "
+            "write it as 'path/to/file.py:factory', or leave workers out."
+        )
     make_folder(out)
     _refuse_foreign(request, out)
     stages = _Stages(progress, out / "seconds.json")
     torch.set_num_threads(request.threads or len(os.sched_getaffinity(0)))
+    run = _Run(request, out, task, ledger, stages, cancelled)
     try:
-        return _Run(request, out, task, ledger, stages, cancelled).go()
+        return run.go()
     except KeyboardInterrupt:
         raise Cancelled("Stopped; everything so far is kept, and the same command continues there.") from None
+    finally:
+        run.close()
 
 
 def _refuse_foreign(request: Request, out: Path) -> None:
@@ -115,7 +126,7 @@ def _refuse_foreign(request: Request, out: Path) -> None:
         earlier = Request.model_validate_json((out / "request.json").read_bytes())
     except (OSError, ValueError):
         return
-    resolved = {"recover_steps": None}
+    resolved = {"recover_steps": None, "workers": None}  # resolved by the run, and without effect on it
     if earlier.model_copy(update=resolved) != request.model_copy(update=resolved):
         raise UsageError(f"{out} holds the results of another request (see its request.json); choose another folder.")
 
@@ -137,6 +148,12 @@ class _Run:
         self.notes: list[str] = []
         self.round = ""
         self.searched = 0
+        self.workers: LocalWorkers | RayWorkers | None = None
+
+    def close(self) -> None:
+        """End what runs beside this process."""
+        if self.workers is not None:
+            self.workers.close()
 
     def go(self) -> JobResult:
         self._prepare()
@@ -165,9 +182,17 @@ class _Run:
             made.database, made.costs, self.budgets, self.ledger, threads=torch.get_num_threads()
         )
         self.models = Models(
-            made.database, self.out / "models", recovery, self.evaluator.reference, self.cancelled, self._distilling
+            made.database,
+            self.out / "models",
+            recovery,
+            self.evaluator.measurer.reference,
+            self.cancelled,
+            self._distilling,
         )
-        self.evaluator.build, self.evaluator.recovery_key = self.models.deployed, self.models.recovery_key
+        self.evaluator.measurer.build, self.evaluator.recovery_key = self.models.deployed, self.models.recovery_key
+        if self.request.workers is not None:
+            opening = Opening.of(made.database, self.request, self.models.folder, torch.get_num_threads())
+            self.evaluator.workers = self.workers = workers_of(self.request.workers, opening)
         cost = next((b.key for b in self.budgets if not METRICS[b.metric].quality), LOCAL)
         self.front = ParetoFront([Objective("loss"), Objective(cost)])
 
@@ -179,6 +204,7 @@ class _Run:
             self.front,
             evaluations=None if self.request.minutes else self._limit(),
             minutes=self.request.minutes,
+            batch=max(BATCH, 2 * self.evaluator.width),
             on_progress=lambda done, total: self.stages.tick(done, total, self._best_so_far()),
             cancelled=self.cancelled,
         )
@@ -196,9 +222,9 @@ class _Run:
         """The candidates after sequential refit, then a climb from the best of them at that rung."""
         plans = self._candidates()
         with self.stages.at("refit", f"{len(plans)} plans"):
-            for i, plan in enumerate(plans):
+            for i in range(0, len(plans), self.evaluator.width):
                 self.stages.tick(i, len(plans))
-                self._judge([plan], "refitted")
+                self._judge(plans[i : i + self.evaluator.width], "refitted")
             if not self.limited:
                 return  # nothing says how cheap a plan should be, so there is no best one to climb from
             known = [e for rung in RUNGS for e in self.front.evaluations(rung)]
@@ -430,7 +456,7 @@ def export(
     stages = _Stages(progress)
     torch.set_num_threads(request.threads or len(os.sched_getaffinity(0)))
     point = choose(result, pick)
-    run = _Run(request, folder, task, None, stages, cancelled)
+    run = _Run(request.model_copy(update={"workers": None}), folder, task, None, stages, cancelled)
     run._prepare()
     path = out or folder / f"{point.id}.onnx"
     make_folder(path.parent)

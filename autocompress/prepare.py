@@ -16,7 +16,7 @@ import torch
 from autocompress.costs import CostModel
 from autocompress.database import LevelDatabase
 from autocompress.deploy import deploy
-from autocompress.errors import Cancelled, UnknownName
+from autocompress.errors import Cancelled, UnknownName, UsageError
 from autocompress.export import export_onnx
 from autocompress.files import cache_dir, write_json
 from autocompress.graph import IS_OUTPUT, Graph, trace
@@ -77,7 +77,7 @@ def prepare(
             check(task)
     with stages.at("graph"):
         graph = trace(task.model, task.example_inputs)
-        space = make_space(graph, request.methods, request.importance)
+        space = make_space(graph, offered(task, request), request.importance)
         _refuse_impossible(graph, space, budgets)
     with stages.at("database"):
         database = LevelDatabase(graph, space, task, cache_dir() / "databases", seed=request.seed)
@@ -95,7 +95,7 @@ def prepare(
         raise Cancelled("Stopped before the search; what was prepared is kept.")
     costs = CostModel(graph, space, profiles, original.bytes)
     dense = costs.in_units(space.dense)
-    return Prepared(task, graph, space, database, costs, original, profiles, dense, _notes(graph, request))
+    return Prepared(task, graph, space, database, costs, original, profiles, dense, _notes(graph, task, request))
 
 
 def _refuse_impossible(graph: Graph, space: SearchSpace, budgets: Sequence[Budget]) -> None:
@@ -105,11 +105,37 @@ def _refuse_impossible(graph: Graph, space: SearchSpace, budgets: Sequence[Budge
     check_feasible(space, costs, [b.absolute(dense) for b in budgets if b.metric in ("macs", "params")])
 
 
-def _notes(graph: Graph, request: Request) -> tuple[str, ...]:
+def offered(task: Task, request: Request) -> list[str]:
+    """The families asked for, less those that the task withholds."""
+    found = [family for family in request.methods if family not in task.withheld]
+    if not found:
+        why = "; ".join(f"{family}: {task.withheld[family]}" for family in request.methods)
+        raise UsageError(f"Task {task.name!r} offers none of the methods asked for ({why}); allow more of them.")
+    return found
+
+
+def _notes(graph: Graph, task: Task, request: Request) -> tuple[str, ...]:
+    withheld = [
+        f"{name} is not offered on this task: {task.withheld[name]}."
+        for name in request.methods
+        if name in task.withheld
+    ]
+    return (*withheld, *_unpruned(graph, request))
+
+
+def _unpruned(graph: Graph, request: Request) -> tuple[str, ...]:
     if "channels" not in request.methods:
         return ()
     refused = {name: why for name, why in graph.refused.items() if why != IS_OUTPUT}  # that one goes without saying
-    return tuple(f"Channels of {name} are not pruned: {why}." for name, why in refused.items())
+    alike: dict[str, list[str]] = {}
+    for name, why in refused.items():
+        alike.setdefault(why, []).append(name)
+    return tuple(f"Channels of {_enumerated(names)} are not pruned: {why}." for why, names in alike.items())
+
+
+def _enumerated(names: Sequence[str]) -> str:
+    """The first names and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _original(database: LevelDatabase, out: Path) -> Artifact:
@@ -192,7 +218,7 @@ def recovery_of(request: Request, made: Prepared, out: Path) -> Recovery | None:
         per_step = _seconds_per_step(made, request.seed)
         steps = max(20, int(60 * request.recover_minutes / per_step) // 10 * 10)
         write_json(record, {"steps": steps, "seconds_per_step": per_step, "minutes": request.recover_minutes})
-    return Recovery(steps=steps, seed=request.seed)
+    return Recovery(steps=steps, batch_size=made.task.batch_size, seed=request.seed)
 
 
 def _seconds_per_step(made: Prepared, seed: int) -> float:
@@ -200,7 +226,8 @@ def _seconds_per_step(made: Prepared, seed: int) -> float:
     small = replace(made.task, search=made.task.search.take(1))
     with torch.no_grad():
         reference = made.graph.module(small.inputs(small.search))
-    live, trial = made.database.stitch(made.space.dense), Recovery(steps=6, learning_rate=1e-4, checks=1, seed=seed)
+    live = made.database.stitch(made.space.dense)
+    trial = Recovery(steps=6, batch_size=made.task.batch_size, learning_rate=1e-4, checks=1, seed=seed)
     start = time.process_time()  # not the wall clock: another process must not shorten the training
     recover(live, made.graph.module, small, trial, reference)
     return (time.process_time() - start) / torch.get_num_threads() / trial.steps

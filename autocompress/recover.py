@@ -139,11 +139,11 @@ def _loss(
         taught = original(inputs)
     if task.fitness == "mse":
         return functional.mse_loss(outputs, taught)
-    t = settings.temperature
+    t, axis = settings.temperature, task.class_axis
     soft = functional.kl_div(
-        functional.log_softmax(outputs / t, 1),
-        functional.log_softmax(taught / t, 1),
-        reduction="batchmean",
+        functional.log_softmax(outputs / t, axis).movedim(axis, -1).flatten(0, -2),
+        functional.log_softmax(taught / t, axis).movedim(axis, -1).flatten(0, -2),
+        reduction="batchmean",  # over all rows of logits
         log_target=True,
     )
     return soft * t * t + settings.label_weight * task.loss(outputs, targets)

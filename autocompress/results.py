@@ -50,9 +50,13 @@ class Request(_Record):
     """Threads for evaluation; 0 takes the cores this process may use. One is the default: on a shared host two can be slower than
     one (measured: 4.5 times). Latency is measured with 1 unless a profile says more."""
 
+    workers: str | int | None = None
+    """Who judges plans: so many processes of this machine, ``ray`` or a Ray cluster's address; ``None`` is this process. It does
+    not change what they find, so it is no part of the hash."""
+
     @property
     def hash(self) -> str:
-        return digest(self.model_dump(mode="json"))
+        return digest(self.model_dump(mode="json", exclude={"workers"}))
 
 
 class Progress(_Record):

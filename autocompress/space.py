@@ -10,10 +10,11 @@ import math
 from collections.abc import Collection
 from typing import cast
 
+import numpy as np
 from torch import Tensor, nn
 
 from autocompress.errors import UnknownName, UsageError
-from autocompress.graph import Graph, Layer
+from autocompress.graph import Graph, Group, Layer
 from autocompress.methods import BlockDrop, LowRank, StaticInt8, WeightQuant
 from autocompress.methods.pruning import width_levels
 from autocompress.results import METHOD_FAMILIES, Importance
@@ -34,7 +35,7 @@ def make_space(
     found: list[tuple[Site, tuple[Level, ...]]] = []
     if "channels" in families:
         for group in graph.groups:
-            levels = width_levels(len(group.classes), importance)
+            levels = width_levels(len(group.classes), importance, _copies(graph, group))
             members = tuple(dict.fromkeys((*group.producers, *group.consumers)))
             macs, params = _totals(graph, group.producers)
             site = Site(f"channels:{group.name}", "channels", members, len(group.classes), (), macs, params)
@@ -57,6 +58,12 @@ def make_space(
             f"({len(graph.layers)} convolution and linear layers); allow more of {', '.join(METHOD_FAMILIES)}."
         )
     return SearchSpace(tuple(site for site, _ in found), tuple(levels for _, levels in found))
+
+
+def _copies(graph: Graph, group: Group) -> int:
+    """Output channels of its narrowest producer that each channel of a group stands for."""
+    counts = [int(np.isin(graph.layers[name].outputs, group.classes).sum()) for name in group.producers]
+    return max(1, min(counts) // len(group.classes))
 
 
 def layer_levels(graph: Graph, layer: Layer, families: Collection[str]) -> tuple[Level, ...]:

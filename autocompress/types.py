@@ -183,7 +183,10 @@ class SearchSpace:
 
 @dataclass(frozen=True)
 class Metric:
-    """A quantity that can be budgeted. ``scale`` turns the integer base unit of cost tables into ``unit``."""
+    """A quantity that can be budgeted. ``scale`` turns the integer base unit of cost tables into ``unit``.
+
+    ``additive``: a sum over operators, not a maximum.
+    """
 
     name: str
     unit: str
@@ -191,6 +194,7 @@ class Metric:
     scale: float = 1.0
     per_device: bool = False
     quality: bool = False
+    additive: bool = True
 
 
 METRICS: dict[str, Metric] = {
@@ -200,9 +204,12 @@ METRICS: dict[str, Metric] = {
         Metric("size_mb", "MB", "bytes of the ONNX file / 1e6", 1e-6),
         Metric("macs", "", "multiply-accumulates of one example"),
         Metric("params", "", "number of weights and biases after folding of batch norm"),
-        Metric("peak_mb", "MB", "peak bytes of live activations of one example / 1e6", 1e-6),
+        Metric("peak_mb", "MB", "peak bytes of live activations of one example / 1e6", 1e-6, additive=False),
         Metric(
-            "accuracy_drop", "points", "metric of the original minus metric of the compressed, in points", quality=True
+            "accuracy_drop",
+            "points",
+            "metric of the original minus metric of the compressed, in points (of a perplexity: percent by which it rises)",
+            quality=True,
         ),
     )
 }
@@ -297,8 +304,10 @@ class Kernel:
     """What the hardware sees: one executed operator at its final widths, for one example (nn-Meter's word).
 
     ``kind``: ``conv`` | ``linear`` | ``add`` | ``mul`` | ``concat`` | ``relu`` | ``activation`` | ``pool`` | ``global_pool`` |
-    ``pad`` | ``slice`` | ``batch_norm`` | ``quantize`` | ``dequantize`` | ``other``.
-    ``in_shape`` / ``out_shape``: ``(C, H, W)`` or ``(C,)``, without the batch. A following ReLU is part of the kernel.
+    ``pad`` | ``slice`` | ``batch_norm`` | ``quantize`` | ``dequantize`` | ``attention`` | ``norm`` | ``embedding`` |
+    ``transpose`` | ``repeat`` | ``other``.
+    ``in_shape`` / ``out_shape``: ``(C, H, W)``, ``(C,)``, or ``(C, T)`` of a sequence, without the batch. Attention has
+    ``(heads, T, head_dim)``, an embedding reads ``(vocabulary, T)``. A following ReLU is part of the kernel.
     """
 
     kind: str
@@ -313,7 +322,9 @@ class Kernel:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one example; 0 for what is not a convolution or linear layer."""
+        """Multiply-accumulates of one example, of layers and of attention's two products (all positions with all); else 0."""
+        if self.kind == "attention":
+            return (math.prod(self.in_shape) + math.prod(self.out_shape)) * self.in_shape[1]
         if self.kind not in ("conv", "linear"):
             return 0
         area = self.kernel[0] * self.kernel[1]
@@ -322,7 +333,7 @@ class Kernel:
     @property
     def weights(self) -> int:
         """Number of weights, without the bias."""
-        if self.kind not in ("conv", "linear"):
+        if self.kind not in ("conv", "linear", "embedding"):
             return 0
         return self.out_shape[0] * (self.in_shape[0] // self.groups) * self.kernel[0] * self.kernel[1]
 
@@ -362,15 +373,27 @@ class Costs(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class CostFactor:
-    """A summand of the cost: ``table[levels of sites..., key]`` in integer base units.
+    """A summand of the cost: ``table[classes of levels..., key]`` in integer base units.
 
+    ``classes``: level -> class of levels that always cost the same, one array a site; without them each level is one.
     ``table`` is ``None`` where it would be too large; ``cost(levels)`` then gives rows on demand.
     """
 
     name: str
     sites: tuple[int, ...]
-    table: IntArray | None  # (n_levels[sites[0]], ..., n_keys)
+    table: IntArray | None  # (classes of sites[0], ..., n_keys)
     cost: Callable[[IntArray], IntArray] | None = None  # (n, len(sites)) -> (n, n_keys)
+    classes: tuple[IntArray, ...] = ()
+
+    def rows(self, levels: IntArray) -> IntArray:
+        """Costs at levels of the sites.  # (n, len(sites)) -> (n, n_keys)"""
+        if self.table is None:
+            if self.cost is None:
+                raise ValueError(f"Cost factor {self.name!r} has neither a table nor a function.")
+            return self.cost(levels)
+        places = [of[own] for of, own in zip(self.classes, levels.T, strict=True)] if self.classes else levels.T
+        found: IntArray = self.table[tuple(places)]
+        return found if self.sites else np.broadcast_to(found, (len(levels), found.shape[-1]))
 
 
 # ---------------------------------------------------------------- asking and telling

@@ -5,8 +5,10 @@ that cannot be used. The command line and the Python facade both ask here.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.machinery import PathFinder
@@ -42,8 +44,8 @@ def make_request(fields: Mapping[str, Any]) -> Request:
     profiles = _profiles(request.profiles, budgets, request.batch)
     _devices(budgets, profiles, request.batch)
     texts = tuple(str(budget) for budget in budgets)
-    task = _task(request.task)
-    return request.model_copy(update={"task": task, "budgets": texts, "data": folders, "profiles": profiles})
+    update = {"budgets": texts, "data": folders, "profiles": profiles, "workers": workers_of(request.workers)}
+    return request.model_copy(update={"task": _task(request.task), **update})
 
 
 def _sentence(error: ValidationError) -> str:
@@ -78,6 +80,21 @@ def _numbers(request: Request) -> None:
         raise UsageError(f"--minutes is more than 0, got {request.minutes:g}.")
 
 
+def workers_of(given: str | int | None) -> str | int | None:
+    """A number of processes, ``ray`` or an address, in its normal form."""
+    if given is None:
+        return None
+    text = str(given)
+    number = int(text) if text.lstrip("-").isdecimal() else None
+    if number is not None and number >= 1:
+        return number
+    if number is None and (text == "ray" or re.fullmatch(r"(ray://)?[\w.-]+:\d+", text)):
+        if importlib.util.find_spec("ray") is None:
+            raise UsageError("--workers ray needs Ray; install it with 'pip install autocompress[ray]'.")
+        return text
+    raise UsageError(f"--workers is 1 or more processes, 'ray' or an address like ray://host:10001, got {text!r}.")
+
+
 def _names(request: Request) -> None:
     from autocompress.search import CONTROLLERS
 
@@ -92,6 +109,9 @@ def _names(request: Request) -> None:
 def _task(spec: str) -> str:
     """A factory's file gets its absolute path, so that a worker elsewhere finds it; other names must be known."""
     place, colon, name = spec.rpartition(":")
+    if place == "lm":  # a folder's path becomes absolute, for the same reason; a name is looked up in the data folders
+        folder = Path(name).expanduser()
+        return f"lm:{folder.resolve()}" if name and folder.is_dir() else spec
     path = Path(place or spec).expanduser()
     if path.suffix == ".py":
         if not path.is_file():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +22,7 @@ from autocompress.errors import UsageError
 from autocompress.files import write_json
 from autocompress.hwprofiles.bench import Comparison, compare
 from autocompress.onnx_cost import file_costs
-from autocompress.onnx_file import Arrays, Artifact, Parity, ort_outputs, parity, sha256_of
+from autocompress.onnx_file import Artifact, Parity, open_session, ort_outputs, parity, run_session, sha256_of
 from autocompress.tasks.base import Task
 from autocompress.tasks.load import load_task
 from autocompress.types import METRICS, Budget
@@ -43,7 +43,7 @@ __all__ = [
 Scores = npt.NDArray[np.float64]
 RESAMPLES = 2000
 BATCH = 250
-"""Examples a run when a split is judged."""
+"""Most examples a run when a split is judged."""
 VERSIONS = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy", "autocompress")
 
 
@@ -88,7 +88,8 @@ def paired_interval(
 class Quality:
     """The metric of both files on the report split, through ONNX Runtime, each as ``(value, low, high)``.
 
-    ``drop`` is in points, positive when the compressed model is worse, whatever the metric's direction.
+    ``drop`` is in points, positive when the compressed model is worse, whatever the metric's direction; ``relative``: a
+    point is one percent of the original's metric.
     """
 
     metric_name: str
@@ -98,6 +99,7 @@ class Quality:
     drop: tuple[float, float, float]
     examples: int
     level: float
+    relative: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -105,21 +107,24 @@ class Quality:
 
 def task_scores(path: Path | str, task: Task, threads: int = 1) -> Scores:
     """The score of each example of the report split, as the file computes it in ONNX Runtime.  # (n,)"""
-    targets: list[torch.Tensor] = []
+    session = open_session(path, threads=threads)
 
-    def batches() -> Iterator[Arrays]:
-        for inputs, batch_targets in task.batches(task.report, BATCH):
-            targets.append(batch_targets)
-            yield (np.ascontiguousarray(inputs.numpy()),)
+    def run(inputs: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(run_session(session, (np.ascontiguousarray(inputs.numpy()),)))
 
-    outputs = torch.from_numpy(ort_outputs(path, batches(), threads))
-    return np.asarray(task.score(outputs, torch.cat(targets)).numpy(), np.float64)
+    return _scores(task, run)
 
 
 def _model_scores(task: Task) -> Scores:
     """The same for the task's own model, in torch.  # (n,)"""
     with torch.no_grad():
-        parts = [task.score(task.model(inputs), targets) for inputs, targets in task.batches(task.report, BATCH)]
+        return _scores(task, task.model)
+
+
+def _scores(task: Task, run: Callable[[torch.Tensor], torch.Tensor]) -> Scores:
+    """Batch by batch: the logits of a whole split may not fit into memory.  # (n,)"""
+    batches = task.batches(task.report, min(BATCH, task.batch_size * 2))
+    parts = [task.score(run(inputs), targets) for inputs, targets in batches]
     return np.asarray(torch.cat(parts).numpy(), np.float64)
 
 
@@ -135,16 +140,28 @@ def quality(
     """Judge two ONNX files on the report split; ``original=None`` takes the task's torch model instead."""
     before = _model_scores(task) if original is None else task_scores(original, task, threads)
     after = task_scores(compressed, task, threads)
-    sign = 1.0 if task.higher_is_better else -1.0
+    if task.log_scores:  # intervals keep their order through the exponential
+        drop = paired_interval(before, after, seed=seed, level=level, points=1.0)
+        worst = sorted(map(task.drop_of, drop[1:]))
+        gap = (task.drop_of(drop[0]), worst[0], worst[1])
+    else:
+        gap = paired_interval(before, after, seed=seed, level=level, points=task.drop_of(1.0))
+    first, second = mean_interval(before, seed=seed, level=level), mean_interval(after, seed=seed, level=level)
     return Quality(
         metric_name=task.metric_name,
         higher_is_better=task.higher_is_better,
-        original=mean_interval(before, seed=seed, level=level),
-        compressed=mean_interval(after, seed=seed, level=level),
-        drop=paired_interval(before, after, seed=seed, level=level, points=sign * task.points),
+        original=_metric_of(task, first),
+        compressed=_metric_of(task, second),
+        drop=gap,
         examples=len(before),
         level=level,
+        relative=task.log_scores,
     )
+
+
+def _metric_of(task: Task, interval: tuple[float, float, float]) -> tuple[float, float, float]:
+    value, low, high = map(task.metric_of, interval)
+    return value, low, high
 
 
 # ---------------------------------------------------------------- budgets
@@ -319,9 +336,10 @@ def _statements(
     """What a person must know, a sentence each."""
     fine = 0 < max(map(abs, quality.drop)) < 0.1  # a metric of small numbers, such as a squared error
     value, low, high = (f"{end + 0.0:.2g}" if fine else f"{end + 0.0:.2f}" for end in quality.drop)
+    lost = f"worse by {value} %" if quality.relative else f"a drop of {value} points"
     sentences = [
         f"{quality.metric_name} on {quality.examples} report examples is {quality.compressed[0]:.4f}, the original's "
-        f"{quality.original[0]:.4f}: a drop of {value} points "
+        f"{quality.original[0]:.4f}: {lost} "
         f"({quality.level:.0%} paired interval {low} to {high}).",
         speed_statement(speed),
         f"The file has {artifact.bytes / 1e6:.4g} MB, the original's {original_bytes / 1e6:.4g} MB "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from autocompress.costs import CostModel
 from autocompress.database import LevelDatabase
 from autocompress.errors import UsageError
-from autocompress.evaluate import ModelEvaluator, NoLedger, fitness, forward
+from autocompress.evaluate import Measurer, ModelEvaluator, NoLedger, fitness, forward
 from autocompress.types import Budget, Ledger, Query
 from tests import networks
 from tests.test_database import make, pruned
@@ -47,10 +47,15 @@ class Builder:
         return model
 
 
-def evaluator(database: LevelDatabase, *budgets: str, ledger: Ledger | None = None, **kwargs: Any) -> ModelEvaluator:
+def evaluator(
+    database: LevelDatabase, *budgets: str, ledger: Ledger | None = None, build: Any = None, **kwargs: Any
+) -> ModelEvaluator:
+    """``build``: judges whole models from there."""
     costs = CostModel(database.graph, database.space, {})
     dense = costs.in_units(database.space.dense)
-    return ModelEvaluator(database, costs, [Budget.parse(b).absolute(dense) for b in budgets], ledger, **kwargs)
+    measurer = Measurer(database, build, plain=build is not None)
+    limits = [Budget.parse(b).absolute(dense) for b in budgets]
+    return ModelEvaluator(database, costs, limits, ledger, measurer=measurer, **kwargs)
 
 
 def test_the_dense_plan_loses_nothing(database: LevelDatabase) -> None:

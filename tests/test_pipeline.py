@@ -29,7 +29,7 @@ from autocompress.errors import (
     UsageError,
     VerificationError,
 )
-from autocompress.evaluate import ModelEvaluator
+from autocompress.evaluate import Measurer
 from autocompress.results import JobResult, Progress, Request
 from autocompress.tasks import Task
 from autocompress.tasks.base import Split
@@ -145,7 +145,7 @@ def test_a_second_run_pays_for_nothing_and_a_point_can_be_exported(
     digits: tuple[Path, JobResult, list[Progress]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, result, _ = digits
-    monkeypatch.setattr(ModelEvaluator, "_measure", lambda *a: pytest.fail("a model was judged again"))
+    monkeypatch.setattr(Measurer, "__call__", lambda *a: pytest.fail("a model was judged again"))
     assert result.request is not None
     again = api.run(result.request, out).result
     assert points(again) == points(result) and again.best == result.best
@@ -189,9 +189,9 @@ def test_killed_anywhere_it_ends_as_if_it_had_not_been(tmp_path: Path, monkeypat
         assert in_a_child(request, out, stage, after) == -signal.SIGKILL
         assert not (out / "result.json").exists()
     measured: list[str] = []
-    original = ModelEvaluator._measure
+    original = Measurer.__call__
     monkeypatch.setattr(
-        ModelEvaluator, "_measure", lambda self, plan, rung: (measured.append(rung), original(self, plan, rung))[1]
+        Measurer, "__call__", lambda self, plan, rung: (measured.append(rung), original(self, plan, rung))[1]
     )
     got = api.run(request, out, task=networks.task("resnet-b")).result
     assert points(got) == points(want) and got.best == want.best and got.evaluations == want.evaluations

@@ -54,6 +54,7 @@ def submit(
     recover_steps: o.RecoverSteps = None,
     batch: o.Batch = 1,
     threads: o.Threads = 1,
+    workers: o.Workers = None,
     data: o.Data = None,
     store: o.Store = None,
     as_json: o.Json = False,

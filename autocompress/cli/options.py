@@ -21,7 +21,7 @@ Store = Annotated[
 ]
 TaskSpec = Annotated[
     str,
-    typer.Argument(help="digits, cifar10:resnet20, path/to/file.py:factory or package.module:factory."),
+    typer.Argument(help="digits, cifar10:resnet20, lm:FOLDER, path/to/file.py:factory or package.module:factory."),
 ]
 JobName = Annotated[str, typer.Argument(help="A job's id or the start of it, or the folder of a run.")]
 Budgets = Annotated[
@@ -54,6 +54,14 @@ RecoverSteps = Annotated[
 ]
 Batch = Annotated[int, typer.Option("--batch", help="Batch size at which latency is predicted and measured.")]
 Threads = Annotated[int, typer.Option("--threads", help="Threads for evaluation; 0 takes all cores.")]
+Workers = Annotated[
+    str | None,
+    typer.Option(
+        "--workers",
+        metavar="N|ray|URL",
+        help="Judge plans in N processes or on a Ray cluster (ray, ray://host:port); same front.",
+    ),
+]
 
 ALL_METHODS = ",".join(METHOD_FAMILIES)
 DEFAULT_IMPORTANCE: str = Request.model_fields["importance"].default

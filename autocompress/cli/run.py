@@ -34,6 +34,7 @@ def compress(
     recover_steps: o.RecoverSteps = None,
     batch: o.Batch = 1,
     threads: o.Threads = 1,
+    workers: o.Workers = None,
     data: o.Data = None,
     as_json: o.Json = False,
 ) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from onnx import TensorProto
 
 from autocompress.hwprofiles.builder import GraphBuilder, Int8Format
 from autocompress.hwprofiles.sessions import NodeEvent
@@ -63,6 +64,9 @@ class Probe:
             for i, e in enumerate(run)
             if named[0] < i < last and e.name[0] not in "hpsk" and not (sinks and math.prod(e.output_shape[2:]) == 1)
         ]
+
+
+_Maker = Callable[[Kernel, int, Int8Format], Probe | None]
 
 
 def build_probe(kernel: Kernel, batch: int = 1, int8: Int8Format = "u8u8") -> Probe | None:
@@ -229,6 +233,90 @@ def _batch_norm(graph: GraphBuilder, kernel: Kernel, x: str, name: str) -> str:
     return graph.activation(graph.node("BatchNormalization", [x, *ones], name), name, kernel.fused)
 
 
+def _flat_mul(kernel: Kernel, batch: int, int8: Int8Format) -> Probe:
+    """A product of two tensors of a sequence, or a change of sign."""
+    return _flat(kernel, batch, int8, "Mul")
+
+
+def _attention(kernel: Kernel, batch: int, int8: Int8Format) -> Probe | None:
+    """Causal attention as exporters write it: both factors scaled, a mask of the window added, no fused operator."""
+    if len(kernel.in_shape) != 3:
+        return None
+    graph = GraphBuilder((batch, *kernel.in_shape), int8)
+    length, root = kernel.in_shape[1], kernel.in_shape[2] ** -0.25
+    mask = graph.constant("mask", np.triu(np.full((length, length), -np.inf, np.float32), 1))
+    scale = graph.constant("root", np.float32(root))
+    for i in range(REPEATS):
+        keys = graph.node("Transpose", [graph.node("Neg", ["x"], f"h{i}a")], f"k{i}t", perm=[0, 1, 3, 2])
+        scaled = [graph.node("Mul", [y, scale], f"k{i}{n}") for y, n in ((keys, "s"), ("x", "q"))]
+        scores = graph.node("Add", [graph.node("MatMul", [scaled[1], scaled[0]], f"k{i}qk"), mask], f"k{i}m")
+        weights = graph.node("Softmax", [scores], f"k{i}w", axis=-1)
+        graph.output(graph.node("MatMul", [weights, "x"], f"k{i}"))
+    return Probe(kernel, graph.build(), graph.shape, REPEATS, count_inserts=False)
+
+
+def _norm(kernel: Kernel, batch: int, int8: Int8Format) -> Probe:
+    """An RMSNorm over the channels of (batch, positions, channels), which ONNX Runtime fuses into one node."""
+    graph = GraphBuilder((batch, *kernel.in_shape[::-1]), int8)
+    two, eps = graph.constant("two", np.float32(2)), graph.constant("eps", np.float32(1e-6))
+    weight = graph.constant("weight", np.ones(kernel.in_shape[0], np.float32))
+    axes = graph.constant("axes", np.array([-1], np.int64))
+    for i in range(REPEATS):
+        x = graph.node("Neg", ["x"], f"h{i}")
+        mean = graph.node("ReduceMean", [graph.node("Pow", [x, two], f"k{i}p"), axes], f"k{i}r", keepdims=1)
+        root = graph.node("Sqrt", [graph.node("Add", [mean, eps], f"k{i}a")], f"k{i}s")
+        graph.output(graph.node("Mul", [graph.node("Div", [x, root], f"k{i}d"), weight], f"k{i}"))
+    return Probe(kernel, graph.build(), graph.shape, REPEATS, count_inserts=False)
+
+
+def _embedding(kernel: Kernel, batch: int, int8: Int8Format) -> Probe:
+    """Rows of a table (vocabulary, channels) by token."""
+    graph = GraphBuilder((batch, *kernel.in_shape[1:]), int8)
+    table = graph.weight("table", (kernel.in_shape[0], kernel.out_shape[0]), "float")
+    ids = graph.node("Cast", ["x"], "h", to=TensorProto.INT64)
+    graph.output(graph.node("Gather", [table, ids], "k0"))
+    return Probe(kernel, graph.build(), graph.shape, count_inserts=False)
+
+
+def _copy(kernel: Kernel, batch: int, int8: Int8Format) -> Probe | None:
+    """What moves the channels of a sequence: transposed or repeated heads, halves cut off or joined."""
+    if len(kernel.out_shape) != 2:
+        return None
+    channels, size = kernel.out_shape
+    graph = GraphBuilder((batch, *_copied(kernel)), int8)
+    steps = {k: graph.constant(k, np.array([v], np.int64)) for k, v in {"zero": 0, "end": size, "last": -1}.items()}
+    share = max(1, channels // kernel.in_shape[0])
+    shape = graph.constant("shape", np.array([batch, kernel.in_shape[0], share, size], np.int64))
+    for i in range(REPEATS):
+        x, name = graph.node("Neg", ["x"], f"h{i}"), f"k{i}"
+        if kernel.kind == "transpose":
+            y = graph.node("Transpose", [x], name, perm=[0, 2, 1, 3])
+        elif kernel.kind == "repeat":
+            y = graph.node("Expand", [x, shape], name)
+        elif kernel.kind == "slice":
+            y = graph.node("Slice", [x, steps["zero"], steps["end"], steps["last"]], name)
+        else:
+            y = graph.node("Concat", [x] * kernel.n_inputs, name, axis=-1)
+        graph.output(y)
+    return Probe(kernel, graph.build(), graph.shape, REPEATS, count_inserts=False)
+
+
+def _copied(kernel: Kernel) -> tuple[int, ...]:
+    """The input's shape of :func:`_copy`, without the batch."""
+    channels, size = kernel.out_shape
+    if kernel.kind == "transpose":
+        inner = math.gcd(size, 64)
+        return (size // inner, channels, inner)
+    if kernel.kind == "repeat":
+        return (kernel.in_shape[0], 1, size)
+    return (channels, 2 * size) if kernel.kind == "slice" else (channels, max(1, size // max(1, kernel.n_inputs)))
+
+
+def _either(flat: _Maker, image: _Maker) -> _Maker:
+    """Sequences ``(C, T)`` have probes of their own; images stand behind convolutions."""
+    return lambda kernel, batch, int8: (image if len(kernel.out_shape) == 3 else flat)(kernel, batch, int8)
+
+
 def _mul(graph: GraphBuilder, kernel: Kernel, x: str, name: str) -> str:
     """A gate a channel, as squeeze-and-excitation has it."""
     gate = graph.node("GlobalAveragePool", [x], name.replace("k", "hg"))
@@ -301,11 +389,16 @@ def _dequantize(kernel: Kernel, batch: int, int8: Int8Format) -> Probe | None:
     return Probe(kernel, graph.build(), graph.shape, REPEATS)
 
 
-_MAKERS: dict[str, Callable[[Kernel, int, Int8Format], Probe | None]] = {
+_MAKERS: dict[str, _Maker] = {
     "conv": _conv,
     "linear": _linear,
     "add": _add,
-    "concat": _concat,
+    "concat": _either(_copy, _concat),
+    "attention": _attention,
+    "norm": _norm,
+    "embedding": _embedding,
+    "transpose": _copy,
+    "repeat": _copy,
     "pad": _pad,
     "quantize": _quantize,
     "dequantize": _dequantize,
@@ -313,7 +406,7 @@ _MAKERS: dict[str, Callable[[Kernel, int, Int8Format], Probe | None]] = {
     "activation": _unary(_activation),
     "pool": _unary(_pool),
     "global_pool": _unary(_global_pool, sink=False),
-    "slice": _unary(_slice, sink=False),
+    "slice": _either(_copy, _unary(_slice, sink=False)),
     "batch_norm": _unary(_batch_norm),
-    "mul": _unary(_mul),
+    "mul": _either(_flat_mul, _unary(_mul)),
 }

@@ -48,10 +48,14 @@ class BlockDrop(MethodConfig):
         return "drop"
 
 
-def width_levels(width: int, importance: Importance) -> tuple[Level, ...]:
-    """Widths in steps of ``max(4, width / 8)``, dense first; device-neutral, so a plan means the same everywhere."""
-    step = max(4, width // 8)
-    keeps = [k for k in range(width - step, 0, -step) if k >= min(4, width)]
+def width_levels(width: int, importance: Importance, copies: int = 1) -> tuple[Level, ...]:
+    """Widths in steps of ``max(4, width / 8)`` channels, dense first; device-neutral, so a plan means the same everywhere.
+
+    ``copies``: channels that one of them stands for (an attention head's are many); then single ones may go.
+    """
+    least = max(1, 4 // copies)
+    step = max(least, width // 8)
+    keeps = [k for k in range(width - step, 0, -step) if k >= min(least, width)]
     return (Level(), *(Level((ChannelPruning(k, width, importance),)) for k in keeps))
 
 
@@ -101,7 +105,8 @@ def taylor_importance(
         with torch.enable_grad():
             for inputs, targets in batches:
                 saved.clear()
-                value = loss(model(inputs.clone().requires_grad_(True)), targets)  # type: ignore[operator]
+                inputs = inputs.clone().requires_grad_(inputs.is_floating_point())  # token ids have no gradient
+                value = loss(model(inputs), targets)  # type: ignore[operator]
                 (value * len(inputs)).backward()
                 for name, x in saved.items():
                     assert x.grad is not None
@@ -135,7 +140,7 @@ def obs_order(
 ) -> npt.NDArray[np.int64]:
     """Positions in the group, most important first: the last one removed stands first.  # (len(group.classes),)
 
-    With ``G = (H + ridge I)^-1`` and ``P`` the unfolded inputs of one channel, removing it costs
+    With ``G = (H + ridge I)^-1`` and ``P`` all unfolded inputs of one channel, removing it costs
     ``tr(W_P (G_PP)^-1 W_P^T)``; then ``W -= W_P (G_PP)^-1 G_P``, ``G -= G_:P (G_PP)^-1 G_P:``. Costs are relative to the layer's
     output energy and summed over the layers that read the group; layers without a Gram matrix take no part.
     """
@@ -156,39 +161,43 @@ def obs_order(
 
 
 class _Surgeon:
-    """One reading layer's weights and inverse Gram matrix while channels are removed."""
+    """One reading layer's weights and inverse Gram matrix while channels are removed.
+
+    ``inputs``: unfolded inputs of each channel of the group, all its copies together (a head's are many).  # (n, p)
+    """
 
     def __init__(
         self, weight: Tensor, bias: Tensor, gram: Tensor, position: npt.NDArray[np.int64], ridge: float
     ) -> None:
-        self.position, self.area = position, weight[0, 0].numel()
+        area, n = weight[0, 0].numel(), int(position.max()) + 1
         h = gram.double()
         self.weight = torch.cat([weight.flatten(1), bias[:, None]], dim=1).double()
         self.energy = float(((self.weight @ h) * self.weight).sum().clamp_min(1e-12))
         damp = ridge * h.diagonal()[:-1].mean().clamp_min(1e-12)
         self.inverse = torch.linalg.inv(h + damp * torch.eye(len(h), dtype=h.dtype))
-        self.gone: set[int] = set()
+        found = np.flatnonzero(position >= 0)
+        places = torch.from_numpy(found[np.argsort(position[found], kind="stable")].reshape(n, -1))  # as often each
+        self.inputs = (places[:, :, None] * area + torch.arange(area)).flatten(1)
+        self.alive = np.ones(n, dtype=bool)
 
     def costs(self, n: int) -> Scores:
         """Cost of removing each channel of the group now.  # (n,)"""
-        where = [j for j in np.flatnonzero(self.position >= 0).tolist() if j not in self.gone]
+        where = np.flatnonzero(self.alive)
         total = np.zeros(n)
-        if where:
-            index = torch.tensor(where)[:, None] * self.area + torch.arange(self.area)  # (m, area)
-            blocks = self.inverse[index[:, :, None], index[:, None, :]]  # (m, area, area)
-            weights = self.weight[:, index].permute(1, 2, 0)  # (m, area, out)
-            cost = (torch.linalg.solve(blocks, weights) * weights).sum((1, 2)) / self.energy
-            np.add.at(total, self.position[where], cost.numpy())
+        index = self.inputs[torch.from_numpy(where)]  # (m, p)
+        blocks = self.inverse[index[:, :, None], index[:, None, :]]  # (m, p, p)
+        weights = self.weight[:, index].permute(1, 2, 0)  # (m, p, out)
+        cost = (torch.linalg.solve(blocks, weights) * weights).sum((1, 2)) / self.energy
+        total[where] = cost.numpy()
         return total
 
     def remove(self, channel: int) -> None:
-        for j in np.flatnonzero(self.position == channel).tolist():
-            p = slice(j * self.area, (j + 1) * self.area)
-            solved = torch.linalg.solve(self.inverse[p, p], self.inverse[p])  # (area, d)
-            self.weight = self.weight - self.weight[:, p] @ solved
-            self.inverse = self.inverse - self.inverse[:, p] @ solved
-            self.inverse[p, p] = torch.eye(self.area, dtype=self.inverse.dtype)
-            self.gone.add(j)
+        p = self.inputs[channel]
+        solved = torch.linalg.solve(self.inverse[p[:, None], p], self.inverse[p])  # (p, d)
+        self.weight = self.weight - self.weight[:, p] @ solved
+        self.inverse = self.inverse - self.inverse[:, p] @ solved
+        self.inverse[p[:, None], p] = torch.eye(len(p), dtype=self.inverse.dtype)
+        self.alive[channel] = False
 
 
 def _weight(layer: nn.Module) -> Tensor:

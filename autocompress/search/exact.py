@@ -28,6 +28,7 @@ class TableSearch(BaseController):
     """
 
     n_before, n_beyond = 5, 3
+    rounds = 5
 
     def _prepare(self) -> None:
         self.solver = Solver(self.tables)
@@ -55,9 +56,9 @@ class TableSearch(BaseController):
         starts = [self.plans[target]] if target in self.plans else list(self.plans.values())[-1:]
 
         def solve() -> Plan | None:
-            found = self.solver.solve(losses, limit, starts, quick)
+            found = self._best(losses, limit, starts, quick)
             if found is not None:
-                return found.plan
+                return found
             return repair(self.tables, losses, self.space.dense, limit) if target == 0 else None
 
         plan = self._decide(solve)
@@ -116,6 +117,20 @@ class TableSearch(BaseController):
             shift[site, option] = fitness(evaluation) - here - out[option]
         return self._shifted(out, base, shift)
 
+    def _around(self, losses: FloatArray) -> Asking:
+        """Measure and solve again around the best plan, at most ``rounds`` times, until that gains nothing."""
+        before = self._incumbent()
+        for _ in range(self.rounds):
+            if before is None:
+                return
+            losses = yield from self._remeasure(before.plan, losses)
+            yield from self._ask_targets(losses, range(len(self.targets)))
+            yield from self._bisect(losses)
+            after = self._incumbent()
+            if after is None or after.plan == before.plan:
+                return
+            before = after
+
     def _shifted(self, out: FloatArray, base: Plan, shift: dict[tuple[int, int], float]) -> FloatArray:
         """Apply measured corrections, also to the levels beyond the measured neighbour on the same side."""
         saved, result = self.one_site.saved, out.copy()
@@ -146,8 +161,13 @@ class TableSearch(BaseController):
             yield from self._judge([plan], "full")
 
     def _within(self, losses: FloatArray, limit: IntArray, *starts: Plan) -> Plan | None:
-        found = self.solver.solve(losses, limit, starts or list(self.plans.values())[-1:], quick=True)
-        return None if found is None else self.space.effective(found.plan)
+        found = self._best(losses, limit, starts or list(self.plans.values())[-1:], quick=True)
+        return None if found is None else self.space.effective(found)
+
+    def _best(self, losses: FloatArray, limit: IntArray, starts: Sequence[Plan], quick: bool) -> Plan | None:
+        """The objective of the table model: the least sum of one-site losses within a limit."""
+        found = self.solver.solve(losses, limit, starts, quick)
+        return None if found is None else found.plan
 
     def _share(self, plan: Plan) -> float:
         """Cost as a share of the dense one, averaged over the axes."""
@@ -177,20 +197,8 @@ class TableSearch(BaseController):
 class Exact(TableSearch):
     """Sweep, solve for every target, then measure and solve again around the best plan until that gains nothing."""
 
-    rounds = 5
-
     def _search(self) -> Asking:
         self._prepare()
         yield from self._sweep()
         yield from self._bisect(self.one_site.losses())
-        losses, before = self.one_site.losses(), self._incumbent()
-        for _ in range(self.rounds):
-            if before is None:
-                return
-            losses = yield from self._remeasure(before.plan, losses)
-            yield from self._ask_targets(losses, range(len(self.targets)))
-            yield from self._bisect(losses)
-            after = self._incumbent()
-            if after is None or after.plan == before.plan:
-                return
-            before = after
+        yield from self._around(self.one_site.losses())

@@ -101,12 +101,7 @@ def _sentence(budget: Budget, tables: CostTables, limits: Limits, column: int, b
     word = "is" if bound == reached else "is at least"
     parts = []
     for factor in tables.factors:
-        levels = tuple(plan[s] for s in factor.sites)
-        if factor.table is not None:
-            value = int(factor.table[levels][column])
-        else:
-            assert factor.cost is not None  # CostTables checked
-            value = int(factor.cost(np.array([levels], np.int64))[0, column])
+        value = int(factor.rows(np.array([[plan[s] for s in factor.sites]], np.int64))[0, column])
         parts.append((-value, factor.name))
     held = ", ".join(f"{name} ({-value * scale:.4g}{unit})" for value, name in sorted(parts)[:3] if value)
     limit = int(limits.limit[column]) * scale

@@ -1,6 +1,6 @@
 """The table model, solved: the plan with the least sum of one-site losses that holds every cost limit.
 
-A multiple-choice knapsack with one row a budget (SPDY, Frantar & Alistarh 2022, solves one row by dynamic programming). Costs
+A multiple-choice knapsack with one row a budget, and ``knapsack`` solves it where costs add up over sites. Costs
 that depend on several sites get joint variables tied to their sites' by marginal constraints, which is exact; where the tables
 are too large for that, switches are linearised around a plan and the result is repaired and polished with the true costs.
 Wall time decides nothing: the effort is limited in branch-and-bound nodes.
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import itertools
 import math
 import os
 import sys
@@ -21,13 +23,20 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix, vstack
 
-from autocompress.search.tables import UNLIMITED, CostTables, FloatArray, switch
-from autocompress.types import IntArray, Plan
+from autocompress.search import knapsack
+from autocompress.search.elimination import Elimination, elimination
+from autocompress.search.joint import Branching
+from autocompress.search.tables import UNLIMITED, CostTables, FloatArray, switch, tabulate
+from autocompress.types import CostFactor, IntArray, Plan
 
 MAX_JOINT = 2_000
 """Joint variables of one factor; a larger table is linearised (or projected, for bounds)."""
 MAX_TOTAL = 20_000
 """Joint variables of one program: ResNet-56 with three formats has 7,000 to 17,000, solved in 1 to 3 s."""
+BRANCHED = 2_000
+"""Programs with more joint variables are branched over the sites that couple many, where the tables allow (``joint``)."""
+LISTED = 4_096
+"""Spaces up to this many plans are listed."""
 QUICK_TOTAL = 100
 """Above this a quick solve takes the heuristic, which is within a few percent in a fraction of the time."""
 GAP = 1e-4
@@ -37,20 +46,17 @@ _SAFETY_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Solution:
-    """``exact``: proved optimal for the table model, within ``GAP``."""
+    """``exact``: proved optimal for the table model, within ``GAP``; ``bound``: no plan within the limits loses less."""
 
     plan: Plan
     loss: float
     exact: bool
+    bound: float = -math.inf
 
-
-@dataclass(frozen=True, eq=False)
-class Joint:
-    """A cost table over classes of levels that cost the same: ``table[class of site..., column]``."""
-
-    sites: tuple[int, ...]
-    classes: tuple[IntArray, ...]  # level -> class, one array a site
-    table: IntArray
+    @property
+    def gap(self) -> float:
+        """How far the loss is from the bound, relative to the loss; infinite when nothing was proved."""
+        return max(0.0, self.loss - self.bound) / max(abs(self.loss), 1e-30)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,39 +65,22 @@ class Program:
 
     constant: FloatArray  # (n_columns,)
     linear: FloatArray  # (n_options, n_columns)
-    joints: tuple[Joint, ...]
+    joints: tuple[CostFactor, ...]  # with tables and classes
     exact: bool
 
     @property
     def size(self) -> int:
-        return sum(math.prod(joint.table.shape[:-1]) for joint in self.joints)
+        return sum(math.prod(tabulate(joint).shape[:-1]) for joint in self.joints)
 
 
-def compress(sites: tuple[int, ...], table: IntArray) -> Joint:
-    """Merge levels whose rows are equal; sites that do not matter drop out."""
-    kept: list[int] = []
-    classes: list[IntArray] = []
-    for site in sites:
-        rows = np.moveaxis(table, len(kept), 0)
-        _, first, inverse = np.unique(rows.reshape(len(rows), -1), axis=0, return_index=True, return_inverse=True)
-        rows = rows[first]
-        if len(first) == 1:
-            table = rows[0]
-            continue
-        table = np.moveaxis(rows, 0, len(kept))
-        kept.append(site)
-        classes.append(np.asarray(inverse, np.int64).reshape(-1))
-    return Joint(tuple(kept), tuple(classes), table)
-
-
-def project(joint: Joint, limit: int) -> Joint:
+def project(joint: CostFactor, limit: int) -> CostFactor:
     """A lower bound of a large table: minima over sites until at most ``limit`` entries remain, largest axes first."""
-    sites, classes, table = list(joint.sites), list(joint.classes), joint.table
+    sites, classes, table = list(joint.sites), list(joint.classes), tabulate(joint)
     while math.prod(table.shape[:-1]) > limit:
         axis = int(np.argmax(table.shape[:-1]))
         table = table.min(axis=axis)
         del sites[axis], classes[axis]
-    return Joint(tuple(sites), tuple(classes), table)
+    return CostFactor(joint.name, tuple(sites), table, None, tuple(classes))
 
 
 def program(tables: CostTables, relax: bool = False) -> Program | None:
@@ -105,11 +94,11 @@ def program(tables: CostTables, relax: bool = False) -> Program | None:
                 return None
             exact = False  # a cost is never negative: zero is a bound
             continue
-        joint = compress(factor.sites, factor.table)
-        if math.prod(joint.table.shape[:-1]) > MAX_JOINT:
+        joint = factor
+        if math.prod(factor.table.shape[:-1]) > MAX_JOINT:
             if not relax:
                 return None
-            joint, exact = project(joint, MAX_JOINT // 10), False
+            joint, exact = project(factor, MAX_JOINT // 10), False
         rest = _separate(joint, constant, linear, tables)
         if rest is not None:
             joints.append(rest)
@@ -123,17 +112,18 @@ def program(tables: CostTables, relax: bool = False) -> Program | None:
     return Program(constant, linear, tuple(left), False)
 
 
-def _separate(joint: Joint, constant: FloatArray, linear: FloatArray, tables: CostTables) -> Joint | None:
+def _separate(joint: CostFactor, constant: FloatArray, linear: FloatArray, tables: CostTables) -> CostFactor | None:
     """Add a table that is a sum of one-site terms to the linear costs; any other one is handed back."""
-    first = joint.table[(0,) * len(joint.sites)]
-    terms, total = [], np.broadcast_to(first, joint.table.shape).copy()
+    table = tabulate(joint)
+    first = table[(0,) * len(joint.sites)]
+    terms, total = [], np.broadcast_to(first, table.shape).copy()
     for axis in range(len(joint.sites)):
         where: list[Any] = [0] * len(joint.sites)
         where[axis] = slice(None)
-        term = joint.table[tuple(where)] - first
+        term = table[tuple(where)] - first
         total += term.reshape(*(-1 if i == axis else 1 for i in range(len(joint.sites))), term.shape[-1])
         terms.append(term)
-    if not np.array_equal(total, joint.table):
+    if not np.array_equal(total, table):
         return joint
     constant += first
     for site, classes, term in zip(joint.sites, joint.classes, terms, strict=True):
@@ -164,7 +154,8 @@ def minimise(
     rows, weights = [], [costs.linear]
     at = n
     for joint in costs.joints:
-        shape = joint.table.shape[:-1]
+        table = tabulate(joint)
+        shape = table.shape[:-1]
         entries = np.arange(math.prod(shape))
         for axis, (site, classes) in enumerate(zip(joint.sites, joint.classes, strict=True)):
             of = np.unravel_index(entries, shape)[axis]
@@ -173,19 +164,19 @@ def minimise(
             c = np.concatenate([at + entries, tables.offsets[site] + levels])
             v = np.concatenate([np.ones(len(entries)), -np.ones(len(levels))])
             rows.append(csr_matrix((v, (r, c)), shape=(shape[axis], n + size)))
-        weights.append(joint.table.reshape(len(entries), -1).astype(float))
+        weights.append(table.reshape(len(entries), -1).astype(float))
         at += len(entries)
     choose = csr_matrix((np.ones(n), (tables.site_of, np.arange(n))), shape=(len(tables.n_levels), n + size))
     constraints = [LinearConstraint(choose, 1, 1)]
     if rows:
         constraints.append(LinearConstraint(vstack(rows), 0, 0))
-    table = np.concatenate(weights)  # (n + size, n_columns)
+    linear = np.concatenate(weights)  # (n + size, n_columns)
     bounded = limit < UNLIMITED
     if bounded.any():
         unit = np.maximum(limit[bounded], 1)
         room = (limit[bounded] - costs.constant[bounded]) / unit
-        constraints.append(LinearConstraint(csr_matrix((table[:, bounded] / unit).T), -np.inf, room))
-    goal = np.concatenate([objective, np.zeros(size)]) if column is None else table[:, column]
+        constraints.append(LinearConstraint(csr_matrix((linear[:, bounded] / unit).T), -np.inf, room))
+    goal = np.concatenate([objective, np.zeros(size)]) if column is None else linear[:, column]
     scale = max(float(np.abs(goal).max(initial=0.0)), 1e-30)
     with _quiet():
         result = milp(
@@ -308,7 +299,19 @@ class Solver:
 
     def __init__(self, tables: CostTables) -> None:
         self.tables = tables
-        self.exact_program = program(tables)
+        self._listed: tuple[IntArray, IntArray] | None = None  # options of all plans (n_plans, n_sites), their costs
+        if 0 < math.prod(tables.n_levels) <= LISTED:
+            plans = list(itertools.product(*(range(n) for n in tables.n_levels)))
+            self._listed = (np.array(plans, np.int64) + tables.offsets[:-1], tables.cost(plans))
+
+    @functools.cached_property
+    def exact_program(self) -> Program | None:
+        """The costs as a linear program; ``None`` when it would be too large."""
+        return program(self.tables)
+
+    @functools.cached_property
+    def _elimination(self) -> Elimination | None:
+        return elimination(self.tables)
 
     def solve(
         self, losses: FloatArray, limit: IntArray, starts: Sequence[Plan] = (), quick: bool = False
@@ -318,11 +321,109 @@ class Solver:
         ``losses``  # (n_options,), ``limit``  # (n_columns,) in integer base units. ``quick`` is less exact.
         """
         gap = 1e-3 if quick else GAP
+        if self._listed is not None:
+            return self._from_list(*self._listed, losses, limit)
+        if self.exact_program is not None and not self.exact_program.joints:
+            found = self._additive(self.exact_program, losses, limit, starts, gap, quick)
+            if found is not None:
+                return found
+        if not quick and (self.exact_program is None or self.exact_program.size > BRANCHED):
+            found = self._branched(losses, limit, starts, gap)
+            if found is not None or self.exact_program is None:
+                return found
         if self.exact_program is not None and not (quick and self.exact_program.size > QUICK_TOTAL):
             found = self._exact(self.exact_program, losses, limit, gap)
             if found is not None:
                 return found
         return self._heuristic(losses, limit, starts, gap)
+
+    def _from_list(self, options: IntArray, costs: IntArray, losses: FloatArray, limit: IntArray) -> Solution | None:
+        total = np.where((costs <= limit).all(axis=1), losses[options].sum(axis=1), np.inf)
+        best = int(np.argmin(total))
+        if not np.isfinite(total[best]):
+            return None
+        plan = tuple((options[best] - self.tables.offsets[:-1]).tolist())
+        return Solution(plan, float(total[best]), True, float(total[best]))
+
+    def _branched(self, losses: FloatArray, limit: IntArray, starts: Sequence[Plan], gap: float) -> Solution | None:
+        """Branch and bound over coupling sites, from the heuristic's plan; ``None`` when tables are too large or nothing fits."""
+        first = self._heuristic(losses, limit, starts, gap)
+        if first is None or self._elimination is None:
+            return first
+
+        def improve(plan: Plan) -> Plan | None:
+            plan = repair(self.tables, losses, plan, limit)
+            return polish(self.tables, losses, plan, limit, 40) if holds(self.tables.cost([plan])[0], limit) else None
+
+        found = Branching(self._elimination, losses, limit, improve).solve([first.plan], gap)
+        if found.plan is None:
+            return first
+        return Solution(found.plan, found.loss, found.proved, found.bound)
+
+    def minimax(self, losses: FloatArray, limit: IntArray, starts: Sequence[Plan] = ()) -> Solution | None:
+        """The plan whose largest one-site loss is least within ``limit``, among such plans one with the least sum (ALDS's aim).
+
+        One common level is bisected over the losses that occur. ``loss`` is the largest one-site loss, above dense. Exact
+        (``exact``) where costs add up over sites; elsewhere plans are looked for by repair, and a smaller level may exist.
+        """
+        rises = losses - losses[self.tables.offsets[:-1]][self.tables.site_of]
+        additive = self._listed is not None or (self.exact_program is not None and not self.exact_program.joints)
+        marks = np.unique(np.maximum(rises, 0.0))
+        best: Plan | None = None
+        low, high = 0, len(marks) - 1
+        if not additive:
+            starts = [*starts, (0,) * len(self.tables.n_levels), self.tables.cheapest(1 / np.maximum(limit, 1))]
+        while low <= high:
+            middle = (low + high) // 2
+            plan = self._allowed(rises, float(marks[middle]), limit, starts, additive)
+            best, low, high = (best, middle + 1, high) if plan is None else (plan, low, middle - 1)
+        if best is None:
+            return None
+        level = float(marks[low])
+        return Solution(best, level, additive, level if additive else 0.0)
+
+    def _allowed(
+        self, rises: FloatArray, level: float, limit: IntArray, starts: Sequence[Plan], additive: bool
+    ) -> Plan | None:
+        """A plan within the limit that takes no option whose loss is above the level; of low loss."""
+        allowed = rises <= level
+        barred = np.where(
+            allowed, rises, 10.0 * (np.abs(rises).max(initial=0.0) + 1.0) * (len(self.tables.n_levels) + 1)
+        )
+        if additive:
+            found = self.solve(barred, limit, quick=True)
+            plan = None if found is None else found.plan
+        else:
+            plan = None
+            for start in dict.fromkeys(starts):
+                clean = tuple(v if a else 0 for v, a in zip(start, allowed[self.tables.current(start)], strict=True))
+                plan = repair(self.tables, barred, clean, limit)
+                if holds(self.tables.cost([plan])[0], limit) and allowed[self.tables.current(plan)].all():
+                    break
+        if plan is None or not holds(self.tables.cost([plan])[0], limit):
+            return None
+        return plan if allowed[self.tables.current(plan)].all() else None
+
+    def _additive(
+        self,
+        costs: Program,
+        losses: FloatArray,
+        limit: IntArray,
+        starts: Sequence[Plan],
+        gap: float,
+        quick: bool,
+    ) -> Solution | None:
+        """Costs that add up over sites: a knapsack. ``None`` when it found nothing, or nothing proved where that is asked."""
+        columns = np.flatnonzero(limit < UNLIMITED)
+        rows = np.rint(costs.linear[:, columns]).astype(np.int64)
+        room = limit[columns] - np.rint(costs.constant[columns]).astype(np.int64)
+        problem = knapsack.Knapsack(losses, rows, room, self.tables.offsets)
+        found = knapsack.solve(problem, starts, gap, prove=not quick)
+        if found.plan is None or not (found.proved or quick):
+            return None
+        if not holds(self.tables.cost([found.plan])[0], limit):  # a cost that is no sum, as peak bytes
+            return None
+        return Solution(found.plan, found.loss, found.proved, found.bound)
 
     def _exact(self, costs: Program, losses: FloatArray, limit: IntArray, gap: float) -> Solution | None:
         """Exact up to the gap; a plan over a limit by the solver's tolerance is excluded by tightening that limit."""
@@ -333,7 +434,7 @@ class Solver:
                 return None
             cost = self.tables.cost([answer.plan])[0]
             if holds(cost, limit):
-                return Solution(answer.plan, self._loss(losses, answer.plan), answer.optimal)
+                return Solution(answer.plan, self._loss(losses, answer.plan), answer.optimal, answer.bound)
             asked = np.where(cost > limit, asked - 2 * (cost - limit), asked)
         return None
 

@@ -5,6 +5,7 @@ Knows nothing of losses or of evaluations.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ FloatArray = npt.NDArray[np.float64]
 
 UNLIMITED = 2**62
 """The limit of a cost that is not budgeted."""
+TABULATED = 20_000
+"""Entries of a cost factor up to which a function becomes a table."""
 
 
 def scale_of(key: str) -> float:
@@ -99,19 +102,21 @@ class CostTables:
             np.concatenate([np.arange(n) for n in self.n_levels]) if self.n_levels else np.zeros(0, np.int64)
         )
         self._costs = costs
-        self.factors = [self._compile(factor) for factor in costs.factors()]
+        metrics = [METRICS.get(costs.keys[c].partition("@")[0]) for c in self.columns]
+        self._maxima = [i for i, metric in enumerate(metrics) if metric and not metric.additive]
+
+    @functools.cached_property
+    def factors(self) -> list[CostFactor]:
+        """The costs as a sum of tables over classes of levels that cost the same; sites without a say are left out."""
+        return [self._compile(factor) for factor in self._costs.factors()]
 
     def _compile(self, factor: CostFactor) -> CostFactor:
-        if factor.table is not None:
-            return CostFactor(factor.name, factor.sites, np.ascontiguousarray(factor.table[..., self.columns]))
-        cost, columns = factor.cost, self.columns
-        if cost is None:
-            raise ValueError(f"Cost factor {factor.name!r} has neither a table nor a function.")
-        shape = tuple(self.n_levels[s] for s in factor.sites)
-        if math.prod(shape) <= 20_000:
-            grid = np.indices(shape, np.int64).reshape(len(shape), -1).T
-            return CostFactor(factor.name, factor.sites, cost(grid)[:, columns].reshape(*shape, len(columns)))
-        return CostFactor(factor.name, factor.sites, None, lambda levels: cost(levels)[:, columns])
+        classes = factor.classes or tuple(np.arange(self.n_levels[s]) for s in factor.sites)
+        known = CostFactor(factor.name, factor.sites, factor.table, factor.cost, classes)
+        if known.table is None and math.prod(int(of.max()) + 1 for of in classes) > TABULATED:
+            columns = self.columns
+            return CostFactor(known.name, known.sites, None, lambda levels: known.rows(levels)[:, columns], classes)
+        return merged(CostFactor(known.name, known.sites, tabulate(known)[..., self.columns], None, classes))
 
     def cost(self, plans: Sequence[Plan]) -> IntArray:
         """Costs of plans.  # (n_plans, n_columns)"""
@@ -127,7 +132,13 @@ class CostTables:
 
     def deltas(self, plan: Plan) -> IntArray:
         """Change of cost when one site of ``plan`` switches to one level.  # (n_options, n_columns)"""
-        return self._costs.deltas(plan)[:, self.columns]
+        delta = self._costs.deltas(plan)[:, self.columns]
+        if self._maxima:  # a maximum has no differences of its own: whole plans tell
+            switched = np.tile(np.asarray(plan, np.int64), (self.n_options, 1))
+            switched[np.arange(self.n_options), self.site_of] = self.level_of
+            cost = self.cost(list(map(tuple, switched.tolist())))
+            delta[:, self._maxima] = (cost - self.cost([plan]))[:, self._maxima]
+        return delta
 
     def cheapest(self, weights: FloatArray) -> Plan:
         """A plan of low weighted cost: one-switch descent from uniform plans, the best end kept."""
@@ -158,6 +169,32 @@ class CostTables:
             from_dense = (delta[self.offsets[:-1]][self.site_of] - delta) / dense
             saved = np.maximum(saved, np.maximum(from_dense, 0).mean(axis=1))
         return saved
+
+
+def tabulate(factor: CostFactor) -> IntArray:
+    """The whole table of a factor with classes, also of one that is given as a function.  # (classes..., n_keys)"""
+    if factor.table is not None:
+        return factor.table
+    firsts = [np.unique(of, return_index=True)[1] for of in factor.classes]
+    grid = np.stack([own.reshape(-1) for own in np.meshgrid(*firsts, indexing="ij")], axis=1).astype(np.int64)
+    parts = [factor.rows(grid[i : i + 8192]) for i in range(0, len(grid), 8192)]
+    return np.concatenate(parts).reshape(*(len(first) for first in firsts), -1)
+
+
+def merged(factor: CostFactor) -> CostFactor:
+    """Classes whose entries of the table are equal become one; sites with a single class drop out."""
+    assert factor.table is not None  # its caller tabulates
+    table, sites, classes = factor.table, list[int](), list[IntArray]()
+    for site, of in zip(factor.sites, factor.classes, strict=True):
+        rows = np.moveaxis(table, len(sites), 0)
+        _, first, again = np.unique(rows.reshape(len(rows), -1), axis=0, return_index=True, return_inverse=True)
+        if len(first) == 1:
+            table = rows[0]
+            continue
+        table = np.moveaxis(rows[first], 0, len(sites))
+        sites.append(site)
+        classes.append(np.asarray(again, np.int64).reshape(-1)[of])
+    return CostFactor(factor.name, tuple(sites), np.ascontiguousarray(table), None, tuple(classes))
 
 
 def switch(plan: Plan, site: int, level: int) -> Plan:

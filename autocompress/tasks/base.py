@@ -8,8 +8,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -58,11 +59,15 @@ class Task:
     - ``report``: judges the outcome; ``train``: recovery, ``None`` turns it off.
     - ``score``: (outputs, targets) -> one score per example (n,), whose mean is the metric, so that two models can be
       compared pair by pair. ``points`` turns a difference of the metric into points.
+    - ``log_scores``: scores are logarithms and the metric is the exponential of their mean (perplexity from nats a token);
+      a point then is a hundredth of the *relative* change of the metric.
     - ``loss``: (outputs, targets) -> scalar, for training.
     - ``prepare``: stored inputs (n, ...) -> model inputs; called per batch, row by row independent.
     - ``augment``: (prepared inputs, generator) -> inputs of the same shape, for training.
-    - ``fitness``: what the search minimizes: ``kl`` to the original's outputs (class logits in dimension 1), ``mse`` to
-      the original's outputs, or the task's ``loss``.
+    - ``fitness``: what the search minimizes: ``kl`` to the original's outputs (class logits along ``class_axis``), ``mse``
+      to the original's outputs, or the task's ``loss``.
+    - ``withheld``: families of methods that are not offered on this task, each with its reason.
+    - ``batch_size``: examples a forward pass; ``slice_size``: examples of the search split that the rung ``slice`` takes.
     """
 
     name: str
@@ -79,6 +84,11 @@ class Task:
     prepare: Callable[[Tensor], Tensor] = as_float
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
     fitness: Literal["kl", "loss", "mse"] = "kl"
+    log_scores: bool = False
+    class_axis: int = 1
+    batch_size: int = 128
+    slice_size: int = 256
+    withheld: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.model, nn.Module):  # anything else is refused by check(), in words
@@ -106,8 +116,18 @@ class Task:
             yield self.prepare(split.inputs[start:end]), split.targets[start:end]
 
     def metric(self, outputs: Tensor, targets: Tensor) -> float:
-        """Mean score over all examples, not in points."""
-        return float(self.score(outputs, targets).double().mean())
+        """The metric over all examples, not in points."""
+        return self.metric_of(float(self.score(outputs, targets).double().mean()))
+
+    def metric_of(self, mean_score: float) -> float:
+        """Mean score -> metric; it rises with the score, so the ends of an interval may be given as well."""
+        return _exp(mean_score) if self.log_scores else mean_score
+
+    def drop_of(self, difference: float) -> float:
+        """Mean score of the original minus that of the compressed -> drop in points, positive when worse; monotone."""
+        if not self.log_scores:
+            return difference * self.points * (1 if self.higher_is_better else -1)
+        return self.points * (1 - _exp(-difference)) if self.higher_is_better else self.points * (_exp(-difference) - 1)
 
     @functools.cached_property
     def hash(self) -> str:
@@ -116,7 +136,9 @@ class Task:
         The code is the source of the model's own classes and of the callables, without what these call in turn.
         """
         sha = hashlib.sha256()
-        settings = (self.metric_name, self.higher_is_better, self.points, self.fitness)
+        settings: tuple[object, ...] = (self.metric_name, self.higher_is_better, self.points, self.fitness)
+        if self.log_scores or self.class_axis != 1:
+            settings += (self.log_scores, self.class_axis)
         classes = {type(module) for module in self.model.modules()}
         own = [c for c in classes if c.__module__.partition(".")[0] != "torch"]
         code = sorted(_source(c) for c in own) + [_source(f) for f in (self.score, self.loss, self.prepare)]
@@ -128,6 +150,11 @@ class Task:
             _update(sha, f"{name}.targets", split.targets)
         _update(sha, "example", self.example_inputs)  # closures and partials of ``prepare`` show here
         return sha.hexdigest()[:16]
+
+
+def _exp(value: float) -> float:
+    """``math.exp`` that ends in infinity."""
+    return math.exp(value) if value < 700 else math.inf
 
 
 def _update(sha: hashlib._Hash, name: str, tensor: Tensor) -> None:

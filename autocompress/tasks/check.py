@@ -109,9 +109,10 @@ def _check_example(task: Task) -> None:
         )
     if task.fitness not in ("kl", "loss", "mse"):
         raise TaskError(f"The fitness of a task is 'kl', 'loss' or 'mse', got {task.fitness!r} in task {task.name!r}.")
-    if task.fitness == "kl" and (outputs.ndim < 2 or outputs.shape[1] < 2):
+    axis = task.class_axis
+    if task.fitness == "kl" and (axis >= outputs.ndim or axis % outputs.ndim == 0 or outputs.shape[axis] < 2):
         raise TaskError(
-            f"Fitness 'kl' needs class logits (n, classes, ...), the model of task {task.name!r} returns shape "
+            f"Fitness 'kl' needs class logits along axis {axis} (class_axis), the model of task {task.name!r} returns shape "
             f"{tuple(outputs.shape)}; choose fitness='mse' or fitness='loss'."
         )
     scores = _try(task, "score", lambda: task.score(outputs, few.targets))

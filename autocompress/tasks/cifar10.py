@@ -7,7 +7,6 @@ pixel bytes, channels first), sorted: so one hash, and one meaning of a seed, se
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from zipfile import BadZipFile
@@ -19,10 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from autocompress.errors import TaskError, UsageError
+from autocompress.errors import TaskError
 from autocompress.files import cache_dir, write_bytes
 from autocompress.tasks.augment import random_crop
 from autocompress.tasks.base import Split, Task, tensor_bytes
+from autocompress.tasks.folders import data_folders
 from autocompress.tasks.resnet import PadBlock, ResNet
 
 Records = npt.NDArray[np.uint8]  # (n, 3073)
@@ -95,16 +95,6 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 def _split(records: Records, rows: Tensor) -> Split:
     chosen = torch.from_numpy(records)[rows]
     return Split(chosen[:, 1:].reshape(-1, 3, 32, 32).contiguous(), chosen[:, 0].long())
-
-
-def data_folders(data: Sequence[str] = ()) -> list[Path]:
-    """The folders in ``data``, then those in ``AUTOCOMPRESS_DATA`` (separated as in ``PATH``); each must exist."""
-    folders = [*data, *os.environ.get("AUTOCOMPRESS_DATA", "").split(os.pathsep)]
-    paths = [Path(folder).expanduser() for folder in folders if folder]
-    for path in paths:
-        if not path.is_dir():
-            raise UsageError(f"A data folder must exist, got {str(path)!r} (from --data or AUTOCOMPRESS_DATA).")
-    return paths
 
 
 # ---------------------------------------------------------------- weights

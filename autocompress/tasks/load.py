@@ -19,28 +19,33 @@ from autocompress.tasks.base import Task
 from autocompress.tasks.check import check
 from autocompress.tasks.cifar10 import NETWORKS, cifar10
 from autocompress.tasks.digits import digits
+from autocompress.tasks.lm import PREFIX, language_model
 from autocompress.types import digest
 
 _BUILT_IN: dict[str, Callable[[Sequence[str], int], Task]] = {
     "digits": lambda data, seed: digits(seed),
     **{f"cifar10:{network}": partial(cifar10, network) for network in NETWORKS},
 }
+LM = "lm:FOLDER"
 _OWN = "Your own task is written 'path/to/file.py:factory' or 'package.module:factory'."
 
 
 def known_tasks() -> list[str]:
-    """Names of the built-in tasks."""
-    return sorted(_BUILT_IN)
+    """Names of the built-in tasks; ``lm:FOLDER`` stands for all folders."""
+    return sorted([*_BUILT_IN, LM])
 
 
 def load_task(spec: str, data: Sequence[str] = (), seed: int = 0) -> Task:
     """Load and check a task.
 
-    ``spec`` is a built-in name, ``path/to/file.py:factory`` or ``package.module:factory``; a factory of the user's
+    ``spec`` is a built-in name, ``lm:FOLDER``, ``path/to/file.py:factory`` or ``package.module:factory``; a factory of the user's
     returns a ``Task`` and is given ``data`` (folders) and ``seed`` where it has parameters of these names.
     Raises ``UnknownName`` or ``UsageError`` for what cannot be found, ``TaskError`` for what cannot be used.
     """
-    task = _BUILT_IN[spec](data, seed) if spec in _BUILT_IN else _load_own(spec, data, seed)
+    if spec in _BUILT_IN:
+        task = _BUILT_IN[spec](data, seed)
+    else:
+        task = language_model(spec, data, seed) if spec.startswith(PREFIX) else _load_own(spec, data, seed)
     check(task)
     return task
 
@@ -59,7 +64,7 @@ def _load_own(spec: str, data: Sequence[str], seed: int) -> Task:
         elif name and _is_module(place):
             module = importlib.import_module(place)
         else:
-            raise UnknownName("task", spec, _BUILT_IN, _OWN)
+            raise UnknownName("task", spec, known_tasks(), _OWN)
         factory = getattr(module, name, None)
         if not callable(factory):
             raise UnknownName(f"factory in {place}", name, _callables(module))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from toys import ToyCosts, ToyLoss, chain, separable, space_of
+from toys import ToyCosts, ToyLoss, chain, nested, separable, space_of
 
 from autocompress.errors import UsageError
 from autocompress.search import CONTROLLERS, ParetoFront, run
@@ -45,33 +46,49 @@ def searched(controller: Controller, evaluator: ToyLoss, n: int) -> ParetoFront:
     return front
 
 
+@functools.cache
+def elsewhere(searches: tuple[tuple[str, int], ...]) -> dict[str, list[list[object]]]:
+    """The queries of several controllers, each with its number of evaluations, in one other process."""
+    code = (
+        "import json; from controller_contract import asked;"
+        f"found = {{name: asked(name, n) for name, n in {searches!r}}};"
+        "print(json.dumps({k: [[q.plan, q.fidelity, q.budget] for q in qs] for k, qs in found.items()}))"
+    )
+    paths = [str(Path(__file__).parent), *filter(None, sys.path)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "7"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    queries: dict[str, list[list[object]]] = json.loads(done.stdout)
+    return queries
+
+
 class ControllerContract:
     name: str
     finds_optimum = True
     interaction_tolerance = 1e-3
     """How far from the optimum it may end where pairs of sites interact."""
+    scale = 1.0
+    """Share of the usual evaluations, for a controller that takes long to choose a plan."""
+
+    def n(self, evaluations: int) -> int:
+        return round(self.scale * evaluations)
 
     def make(self, space: SearchSpace = LARGE, seed: int = 0, **toy: object) -> tuple[Controller, ToyLoss]:
         costs, budgets, evaluator = problem(space, **toy)  # type: ignore[arg-type]
         return CONTROLLERS[self.name](space, costs, budgets, seed), evaluator
 
-    def test_same_seed_same_queries_also_in_another_process(self) -> None:
-        here = asked(self.name)
-        assert here == asked(self.name)
-        code = (
-            "import json; from controller_contract import asked;"
-            f"print(json.dumps([[q.plan, q.fidelity, q.budget] for q in asked({self.name!r})]))"
-        )
-        paths = [str(Path(__file__).parent), *filter(None, sys.path)]
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "7"}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
-        assert json.loads(done.stdout) == [[list(q.plan), q.fidelity, q.budget] for q in here]
+    def test_same_seed_same_queries_also_in_another_process(self, request: pytest.FixtureRequest) -> None:
+        n = self.n(50)
+        here = asked(self.name, n)
+        assert here == asked(self.name, n)
+        beside = [i for i in request.session.items if i.path == request.node.path and isinstance(i, pytest.Function)]
+        same = {i.cls for i in beside if i.originalname == request.node.originalname and i.cls}
+        there = elsewhere(tuple(sorted((cls.name, round(cls.scale * 50)) for cls in same)))
+        assert there[self.name] == [[list(q.plan), q.fidelity, q.budget] for q in here]
 
-    @pytest.mark.parametrize("told", [0, 3, 40])
-    @pytest.mark.parametrize("between", [False, True])
+    @pytest.mark.parametrize(("told", "between"), [(0, True), (3, False), (40, True)])
     def test_state_goes_on_where_it_was_taken(self, told: int, between: bool) -> None:
         one, evaluator = self.make(pairs=0.3)
-        for _ in range(told):
+        for _ in range(self.n(told)):
             if queries := one.ask(1):
                 one.tell(evaluator(queries))
         waiting = one.ask(4) if between else []
@@ -114,9 +131,22 @@ class ControllerContract:
             controller.tell(evaluator(queries))
         assert named > 0
 
+    def test_a_network_is_asked_once_whatever_is_chosen_inside_dropped_blocks(self) -> None:
+        space, costs = nested()
+        budgets = [Budget("macs", float(costs.cost([space.dense])[0, 0]) * 0.5)]
+        controller, evaluator = CONTROLLERS[self.name](space, costs, budgets, 0), ToyLoss(space, costs, budgets)
+        asked = []
+        for _ in range(self.n(10)):
+            queries = controller.ask(8)
+            asked += [(q.plan, q.fidelity) for q in queries]
+            controller.tell(evaluator(queries))
+        assert asked
+        assert len(set(asked)) == len(asked)
+        assert all(space.effective(plan) == plan for plan, _ in asked)
+
     def test_something_that_holds_the_budgets_within_twenty(self) -> None:
-        controller, evaluator = self.make(space_of(*[6] * 30))
-        assert searched(controller, evaluator, 20).best(fidelity="full") is not None
+        controller, evaluator = self.make(space_of(*[6] * 15))
+        assert searched(controller, evaluator, self.n(20)).best(fidelity="full") is not None
 
     def test_an_exhausted_space_ends_the_search(self) -> None:
         for space in (space_of(2, 2), space_of(1, 1), space_of(3, 2, 2)):
@@ -127,7 +157,7 @@ class ControllerContract:
 
     def test_broken_plans_count_as_infeasible_and_the_search_goes_on(self) -> None:
         controller, evaluator = self.make(broken=lambda plan: plan[2] > 2 or plan[6] == 1)
-        front = searched(controller, evaluator, 80)
+        front = searched(controller, evaluator, self.n(80))
         best = front.best(fidelity="full")
         broken = [e for e in front.evaluations("full") if math.isnan(e.values["loss"])]
         assert all(e not in front.at("full", feasible=False) for e in broken)
@@ -136,7 +166,7 @@ class ControllerContract:
 
     def test_all_broken_is_survived(self) -> None:
         controller, evaluator = self.make(broken=lambda plan: True)
-        assert searched(controller, evaluator, 60).best(fidelity="full") is None
+        assert searched(controller, evaluator, self.n(60)).best(fidelity="full") is None
 
     @pytest.mark.parametrize("pairs", [0.0, 0.3])
     def test_finds_the_optimum_of_a_small_space(self, pairs: float) -> None:
@@ -144,7 +174,7 @@ class ControllerContract:
             pytest.skip("a yardstick, not an optimiser")
         space = space_of(4, 3, 4, 3)
         controller, evaluator = self.make(space, pairs=pairs)
-        best = searched(controller, evaluator, 300).best(fidelity="full")
+        best = searched(controller, evaluator, self.n(300)).best(fidelity="full")
         assert best is not None
         assert best.values["loss"] == pytest.approx(
             evaluator.optimum()[0], rel=self.interaction_tolerance if pairs else 1e-3
@@ -154,7 +184,7 @@ class ControllerContract:
         costs = separable(LARGE.n_levels, 1)
         budgets = [Budget("accuracy_drop", 2.0)]
         controller = CONTROLLERS[self.name](LARGE, costs, budgets, 0)
-        front = searched(controller, ToyLoss(LARGE, costs, budgets), 80)
+        front = searched(controller, ToyLoss(LARGE, costs, budgets), self.n(80))
         best = front.best(budgets, fidelity="full")
         assert best is not None
         assert best.values["accuracy_drop"] <= 2.0
@@ -165,7 +195,7 @@ class ControllerContract:
         costs = chain(LARGE.n_levels, 3, KEYS)
         budgets = [Budget("macs", 1.0)]
         controller = CONTROLLERS[self.name](LARGE, costs, budgets, 0)
-        front = searched(controller, ToyLoss(LARGE, costs, budgets), 30)
+        front = searched(controller, ToyLoss(LARGE, costs, budgets), self.n(30))
         assert front.best(fidelity="full") is None
         assert front.nearest(fidelity="full") is not None
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from controller_contract import ControllerContract, problem, searched
-from toys import ToyLoss, chain, space_of
+from toys import PeakCosts, ToyLoss, chain, space_of
 
 from autocompress.errors import UnknownName
 from autocompress.search import CONTROLLERS
@@ -26,12 +29,45 @@ class TestExact(ControllerContract):
     interaction_tolerance = 0.2  # its model has no interactions, only a second look around its solution
 
 
+@pytest.mark.slow
+class TestSpdy(ControllerContract):
+    name = "spdy"
+    interaction_tolerance = 0.2  # as exact
+
+
+@pytest.mark.slow
+class TestAlds(ControllerContract):
+    name = "alds"
+    finds_optimum = False  # its objective is the largest one-site loss, not the sum
+
+
 class TestEvolution(ControllerContract):
     name = "evolution"
 
 
 def test_names() -> None:
-    assert list(CONTROLLERS) == ["evolution", "exact", "random", "uniform"]
+    assert list(CONTROLLERS) == [
+        "alds",
+        "amc",
+        "bayes",
+        "bayes-cmaes",
+        "bayes-gp",
+        "bayes-nsga2",
+        "bayes-nsga3",
+        "conditional",
+        "evolution",
+        "evopress",
+        "exact",
+        "genetic",
+        "greedy",
+        "random",
+        "reinforce",
+        "spdy",
+        "uniform",
+    ]
+    page = Path(__file__).parents[2] / "docs" / "search.md"
+    table = [line for line in page.read_text().splitlines() if line.startswith("| `")]
+    assert {name for line in table for name in re.findall(r"`([a-z0-9-]+)`", line)} >= set(CONTROLLERS)
     with pytest.raises(UnknownName, match="Did you mean 'evolution'"):
         CONTROLLERS["evolutoin"]
 
@@ -40,7 +76,7 @@ def test_search_pays() -> None:
     """At equal evaluations: evolution and exact beat random and uniform, with pairs of sites and a noisy slice."""
     space = space_of(*[6] * 14)
     losses = {}
-    for name in CONTROLLERS:
+    for name in ("evolution", "exact", "random", "uniform"):
         costs, budgets, evaluator = problem(space, pairs=0.3, slice_noise=0.05)
         best = searched(CONTROLLERS[name](space, costs, budgets, 0), evaluator, 150).best(fidelity="full")
         assert best is not None
@@ -76,3 +112,12 @@ def test_tightest_of_two_budgets_on_one_cost_counts() -> None:
     best = searched(controller, ToyLoss(space, costs, budgets), 60).best(fidelity="full")
     assert best is not None
     assert best.costs["macs"] <= 0.4 * dense
+
+
+@pytest.mark.parametrize("name", ["evolution", "exact", "evopress", "bayes", "greedy", "random"])
+def test_a_peak_is_a_budget_like_any_other(name: str) -> None:
+    space = space_of(*[5] * 8)
+    costs = PeakCosts(space.n_levels)
+    budgets = [Budget("peak_mb", costs.cost([space.dense])[0, 1] * 1e-6 * 0.5)]
+    front = searched(CONTROLLERS[name](space, costs, budgets, 0), ToyLoss(space, costs, budgets), 30)
+    assert front.best(fidelity="full") is not None

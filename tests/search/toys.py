@@ -54,24 +54,41 @@ class ToyCosts:
         return self._factors
 
     def cost(self, plans: Sequence[Plan]) -> IntArray:
-        if not plans:
-            return np.zeros((0, len(self._keys)), np.int64)
-        rows = np.array(plans, np.int64)
+        return self._sum(np.array(plans, np.int64).reshape(len(plans), len(self.n_levels)))
+
+    def _sum(self, plans: IntArray) -> IntArray:
         total = np.zeros((len(plans), len(self._keys)), np.int64)
         for factor in self._factors:
-            levels = rows[:, list(factor.sites)]
-            if factor.table is not None:
-                total += factor.table[tuple(levels.T)]
-            else:
-                assert factor.cost is not None
-                total += factor.cost(levels)
+            total += factor.rows(plans[:, list(factor.sites)])
         return total
 
     def deltas(self, plan: Plan) -> IntArray:
-        switched = [
-            (*plan[:site], level, *plan[site + 1 :]) for site, n in enumerate(self.n_levels) for level in range(n)
-        ]
-        return self.cost(switched) - self.cost([plan])
+        sites = np.repeat(np.arange(len(plan)), self.n_levels)
+        switched = np.tile(np.array(plan, np.int64), (len(sites), 1))
+        switched[np.arange(len(sites)), sites] = np.concatenate([np.arange(n) for n in self.n_levels])
+        return self._sum(switched) - self._sum(np.array([plan], np.int64))
+
+
+class PeakCosts(ToyCosts):
+    """``macs``, and ``peak_mb``: what two neighbours keep together, at most; no factor and no difference has it."""
+
+    def __init__(self, n_levels: Sequence[int], seed: int = 0) -> None:
+        super().__init__(("macs", "peak_mb"), separable(n_levels, seed, ("macs", "peak_mb"))._factors, n_levels)
+
+    def cost(self, plans: Sequence[Plan]) -> IntArray:
+        total = super().cost(plans)
+        rows = np.array(plans, np.int64)
+        tables = [f.table[:, 1] for f in self._factors if f.table is not None]
+        kept = np.stack([table[rows[:, site]] for site, table in enumerate(tables)], axis=1)
+        total[:, 1] = (kept[:, 1:] + kept[:, :-1]).max(axis=1)
+        return total
+
+    def deltas(self, plan: Plan) -> IntArray:
+        return super().deltas(plan) * np.array([1, 0])
+
+    def factors(self) -> Sequence[CostFactor]:
+        blind = [(f.name, f.sites, f.table * np.array([1, 0])) for f in self._factors if f.table is not None]
+        return [CostFactor(*parts) for parts in blind]
 
 
 def separable(n_levels: Sequence[int], seed: int = 0, keys: tuple[str, ...] = ("macs",)) -> ToyCosts:
@@ -83,6 +100,21 @@ def separable(n_levels: Sequence[int], seed: int = 0, keys: tuple[str, ...] = ("
         share = np.linspace(1, 0.1, n)[:, None] * rng.uniform(0.9, 1.1, (n, len(keys)))
         factors.append(CostFactor(f"layer{site}", (site,), (size * share).astype(np.int64)))
     return ToyCosts(keys, factors, n_levels)
+
+
+def nested(n_blocks: int = 3, levels: int = 4) -> tuple[SearchSpace, ToyCosts]:
+    """Blocks that can be dropped, two layers in each; what is in a dropped block costs nothing and has no say."""
+    sites, kept, factors = [], [], []
+    for b in range(n_blocks):
+        layers = (f"b{b}.one", f"b{b}.two")
+        sites += [Site(f"b{b}", "block", layers), *(Site(name, "channels", (name,)) for name in layers)]
+        kept += [2, levels, levels]
+        for i in (1, 2):
+            table = np.zeros((2, levels, 1), np.int64)
+            table[0, :, 0] = (1000 + 300 * b + 100 * i) * np.linspace(1, 0.2, levels)
+            factors.append(CostFactor(f"b{b}.{i}", (3 * b, 3 * b + i), table))
+    space = SearchSpace(tuple(sites), space_of(*kept).levels)
+    return space, ToyCosts(("macs",), factors, space.n_levels)
 
 
 def _look_up(table: IntArray, levels: IntArray) -> IntArray:
