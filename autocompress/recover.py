@@ -2,7 +2,8 @@
 
 Formats stay on while training (straight-through), and batch norms keep the statistics that the refit gave them: those of a
 batch are noise that short training does not make good (ResNet-56 at half its MACs: they double the loss). The best checkpoint
-on the search split wins, the running average of the weights (Polyak & Juditsky 1992) and the start among them: recovery never makes a plan worse by its own measure.
+on the search split wins, running averages of the weights (Polyak & Juditsky 1992) and the start among them: recovery never makes a
+plan worse by its own measure.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -97,7 +99,7 @@ def recover(
         if step >= settings.steps // 4:
             averaged.update_parameters(model)
         if (step + 1) % every == 0 or step + 1 == settings.steps:
-            for candidate in (model, averaged.module):
+            for candidate in (model, cast("fx.GraphModule", averaged.module)):
                 found = _judge(candidate, task, reference)
                 if found < best_loss:
                     best, best_loss = copy.deepcopy(candidate), found
