@@ -2,8 +2,8 @@
 
 Formats stay on while training (straight-through), and batch norms keep the statistics that the refit gave them: those of a
 batch are noise that short training does not make good (ResNet-56 at half its MACs: they double the loss). The best checkpoint
-on the search split wins, running averages of the weights (Polyak & Juditsky 1992) and the start among them: recovery never makes a
-plan worse by its own measure.
+on the search split wins, running averages of the weights (Polyak & Juditsky 1992) and the start among them: recovery never makes
+a plan worse by its own measure.
 """
 
 from __future__ import annotations
