@@ -33,7 +33,6 @@ from autocompress.onnx_quant import (
     DOMAIN,
     WEIGHT,
     Grids,
-    Int8Format,
     family,
     insert_quantization,
     quantized_by_runtime,
@@ -41,6 +40,7 @@ from autocompress.onnx_quant import (
     stored_as_integers,
     why_float,
 )
+from autocompress.types import Int8Format
 
 Exporter = Literal["dynamo", "legacy"]
 EXPORTERS: tuple[Exporter, ...] = ("dynamo", "legacy")
@@ -238,16 +238,22 @@ def _export_with(
 def _name_weights(graph: onnx.GraphProto, model: nn.Module) -> None:
     """Give weights that an exporter transposed and renamed (linear layers on sequences) the names of their layers back."""
     names = {t.name for t in graph.initializer}
+    lost = [
+        (f"{name}.weight", module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and f"{name}.weight" not in names
+    ]
+    if not lost:
+        return
     numbered: dict[bytes, onnx.TensorProto] = {}
     for tensor in graph.initializer:
         if len(tensor.dims) == 2 and tensor.data_type == onnx.TensorProto.FLOAT:
             numbered.setdefault(_fingerprint(onnx.numpy_helper.to_array(tensor)), tensor)
     new: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and f"{name}.weight" not in names:
-            found = numbered.get(_fingerprint(module.weight.detach().numpy().T))
-            if found is not None and found.name not in new and not found.name.endswith(".weight"):
-                new[found.name] = f"{name}.weight"
+    for name, weight in lost:
+        found = numbered.get(_fingerprint(weight.detach().numpy().T))
+        if found is not None and found.name not in new and not found.name.endswith(".weight"):
+            new[found.name] = name
     for tensor in graph.initializer:
         tensor.name = new.get(tensor.name, tensor.name)
     for node in graph.node:

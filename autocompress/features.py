@@ -123,19 +123,22 @@ class Features:
 
     def of_operator(self, values: IntArray, operator: int) -> tuple[int, ...]:
         """One operator's part of a row of features."""
-        start = self.starts[operator]
-        return tuple(values[start : start + self.counts[operator]].tolist())
+        return tuple(values[self._mine(operator)].tolist())
+
+    def _mine(self, operator: int) -> slice:
+        """Columns of one operator's features."""
+        return slice(self.starts[operator], self.starts[operator] + self.counts[operator])
 
     def classes(self, operator: int, site: int) -> tuple[IntArray, IntArray]:
         """Levels of a site that an operator cannot tell apart: the first of each class, the class of each level."""
-        mine = slice(self.starts[operator], self.starts[operator] + self.counts[operator])
+        mine = self._mine(operator)
         own = self._gain[self.offsets[site] : self.offsets[site + 1], mine]
         _, first, of = np.unique(own, axis=0, return_index=True, return_inverse=True)
         return first.astype(np.int64), of.reshape(-1).astype(np.int64)
 
     def one_operator(self, operator: int, sites: Sequence[int], levels: IntArray) -> IntArray:
         """Rows of one operator at levels of the sites that have a say in it  # (n, len(sites)) -> (n, n_keys)"""
-        mine = slice(self.starts[operator], self.starts[operator] + self.counts[operator])
+        mine = self._mine(operator)
         values = np.tile(self._constant[mine], (len(levels), 1))
         for column, site in enumerate(sites):
             values += self._gain[self.offsets[site] + levels[:, column], mine]

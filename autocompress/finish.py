@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional
 
 from autocompress.database import RANGE_IMAGES, LevelDatabase, RangeObserver, freeze_ranges
 from autocompress.deploy import fold_norm, set_submodule
@@ -64,6 +63,7 @@ class _Refit:
         self.keep: Keep = database.keep(plan)
         self.inputs = list(database._batches(images))
         self.images = sum(len(batch) for batch in self.inputs)
+        self.range_batches = -(-RANGE_IMAGES // database.batch_size)
         self.dense = _Lazy(database.graph.module, self.inputs)
         self.layers = {layer.node: layer for layer in database.graph.layers.values()}
         self.norms = {layer.norm: layer for layer in database.graph.layers.values() if layer.norm}
@@ -133,7 +133,7 @@ class _Refit:
         moments = Moments()
         for x, target, offset in rows:
             moments.add(x, target - offset)
-        solution = _solved(moments.gram, moments.cross, biased)
+        solution = solve(moments.gram, moments.cross, bias=biased)
         if (ceiling := rows.ceiling) is None:
             return moments, solution
         for _ in range(RELU_ROUNDS):
@@ -143,7 +143,7 @@ class _Refit:
                 low = torch.where(target < 0, made.clamp_max(0), target)
                 wanted = torch.where(target > ceiling, made.clamp_min(ceiling), low)
                 cross += ((wanted - offset).T @ x).double()
-            solution = _solved(moments.gram, cross / moments.rows, biased)
+            solution = solve(moments.gram, cross / moments.rows, bias=biased)
         return moments, solution
 
     def ceiling(self, layer: Layer, total: str | None) -> float | None:
@@ -178,7 +178,7 @@ class _Refit:
 
     def _recalibrate(self, node: fx.Node) -> None:
         """Ranges of the compressed model as it is now, on as many inputs as at the database's rung."""
-        seen = self.env[node.all_input_nodes[0]][: -(-RANGE_IMAGES // self.database.batch_size)]
+        seen = self.env[node.all_input_nodes[0]][: self.range_batches]
         low, high = min(float(b.min()) for b in seen), max(float(b.max()) for b in seen)
         set_submodule(self.model, str(node.target), ActivationQuant(low, high))
 
@@ -194,15 +194,9 @@ class _Refit:
         """Ranges between the two factors of an int8 low-rank layer."""
         module = self.model.get_submodule(layer.name)
         if isinstance(module, nn.Sequential) and any(isinstance(part, RangeObserver) for part in module):
-            for batch in self.env[source][: -(-RANGE_IMAGES // self.database.batch_size)]:
+            for batch in self.env[source][: self.range_batches]:
                 module(batch)
             freeze_ranges(module)
-
-
-def _solved(gram: Tensor, cross: Tensor, biased: bool) -> Tensor:
-    if biased:
-        return solve(gram, cross)
-    return functional.pad(solve(gram[:-1, :-1], cross[:, :-1], ones=False), (0, 1))
 
 
 Rows = tuple[Tensor, Tensor, Tensor]  # (rows, in * area + 1), (rows, out), (rows, out) or (1, 1): one batch

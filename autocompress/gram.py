@@ -104,18 +104,21 @@ def columns_of(channels: npt.NDArray[np.intp], area: int) -> Tensor:
     return torch.from_numpy((np.asarray(channels)[:, None] * area + np.arange(area)).reshape(-1))
 
 
-def solve(gram: Tensor, cross: Tensor, ridge: float = RIDGE, ones: bool = True) -> Tensor:
-    """``cross (gram + ridge I)^-1``; the last row and column, if they are the ``ones``, are not damped.  # (out, d)"""
-    n = len(gram)
-    damp = gram.diagonal()[: n - ones].mean().clamp_min(1e-12) * ridge * torch.ones(n, dtype=gram.dtype)
-    if ones:
-        damp[-1] = 1e-9
-    factor, info = torch.linalg.cholesky_ex(gram + damp.diag())
-    if int(info) != 0:  # singular up to rounding: the pseudo-inverse is the least-norm answer
-        inverse: Tensor = torch.linalg.pinv(gram + damp.diag(), hermitian=True)
-        return cross @ inverse
-    solved: Tensor = torch.cholesky_solve(cross.T, factor).T
-    return solved
+def solve(gram: Tensor, cross: Tensor, ridge: float = RIDGE, bias: bool = True) -> Tensor:
+    """``cross (gram + ridge I)^-1``; the last row and column (the ones) are not damped.  # (out, d)
+
+    Without ``bias`` the ones take no part, and the last column of the answer is 0.
+    """
+    n = len(gram) - (not bias)
+    damp = gram.diagonal()[:-1].mean().clamp_min(1e-12) * ridge * torch.ones(len(gram), dtype=gram.dtype)
+    damp[-1] = 1e-9
+    damped, cross = (gram + damp.diag())[:n, :n], cross[:, :n]
+    factor, info = torch.linalg.cholesky_ex(damped)
+    if int(info) == 0:
+        solved = torch.cholesky_solve(cross.T, factor).T
+    else:  # singular up to rounding: the pseudo-inverse is the least-norm answer
+        solved = cross @ torch.linalg.pinv(damped, hermitian=True)
+    return F.pad(solved, (0, len(gram) - n))
 
 
 def refit(weight: Tensor, bias: Tensor, gram: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:

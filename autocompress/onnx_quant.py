@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from autocompress.errors import VerificationError
 from autocompress.methods.quantization import ActivationQuant, PackedWeight
+from autocompress.types import Int8Format
 
 DOMAIN = "autocompress"
 WEIGHT, ACTIVATION = "Weight", "Activation"
@@ -30,10 +31,6 @@ BLOCK_OPSET = 21
 FUSED_BLOCKS = (16, 32, 64, 128, 256)
 """Block sizes that ONNX Runtime's MatMulNBits takes."""
 
-Int8Format = Literal["u8s8", "s8s8", "u8u8"]
-"""Types of activations and weights; the integers mean the same numbers in all of them. x86 processors without VNNI add pairs of
-products of ``u8s8`` (and of ``s8s8``, which ONNX Runtime turns into it) in 16 bits, where they saturate: such a file then
-computes something else, without a word. ``u8u8`` is exact everywhere."""
 UNSIGNED_ZERO = 128
 """What stands for zero in an unsigned weight."""
 FloatArray = npt.NDArray[np.float32]

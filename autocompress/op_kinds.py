@@ -27,7 +27,7 @@ _KINDS: tuple[tuple[tuple[Any, ...], str], ...] = (
     ((F.adaptive_avg_pool2d, torch.mean, "mean"), "global_pool"),
     ((F.max_pool2d, F.avg_pool2d, torch.max_pool2d), "pool"),
     (
-        (F.silu, F.gelu, F.hardswish, F.hardsigmoid, torch.sigmoid, "sigmoid", torch.tanh, "tanh", operator.neg),
+        (F.silu, F.gelu, F.hardswish, F.hardsigmoid, torch.sigmoid, "sigmoid", torch.tanh, "tanh"),
         "activation",
     ),
     (("transpose", torch.transpose, "permute", torch.permute), "transpose"),

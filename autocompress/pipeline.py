@@ -30,7 +30,7 @@ from autocompress.search import CONTROLLERS, ParetoFront, Polish, check_feasible
 from autocompress.search import run as run_search
 from autocompress.tasks import Task
 from autocompress.types import METRICS, Budget, Evaluation, Fidelity, Ledger, Objective, Plan, Query
-from autocompress.verify import Certificate, certificate_of
+from autocompress.verify import BudgetCheck, Certificate, certificate_of
 from autocompress.workers import LocalWorkers, Opening, RayWorkers, workers_of
 
 DEFAULT_EVALUATIONS = 400
@@ -260,7 +260,7 @@ class _Run:
         return list({e.plan: e for e in [*inside[:RECOVERED], *spread]}.values())
 
     def _cheap_enough(self, evaluation: Evaluation) -> bool:
-        return all(b.violation(evaluation[b.key]) == 0 for b in self.budgets if not METRICS[b.metric].quality)
+        return self._holds(Delivery(evaluation))
 
     def _timed(self, judged: Sequence[Evaluation], known: Sequence[Delivery] = ()) -> list[Delivery]:
         """``known`` and what was judged, exported and timed."""
@@ -292,13 +292,12 @@ class _Run:
         """Too few plans hold the budgets as measured, though others were predicted to: correct the prediction by what they
         took, and search once more."""
         promised = [d for d in deliveries if self._cheap_enough(d.evaluation) and not self._holds(d)]
-        ratio = max((d.measured[LOCAL] / d.evaluation.costs[LOCAL] for d in promised), default=1.0)
-        tight = [
-            Budget(b.metric, b.limit * SPARE / ratio, False, b.device) if b.key == LOCAL and ratio > 1 else b
-            for b in self.budgets
-        ]
-        if ratio <= 1:
+        if not promised:
             return deliveries
+        ratio = max(d.measured[LOCAL] / d.evaluation.costs[LOCAL] for d in promised)
+        tight = [
+            Budget(b.metric, b.limit * SPARE / ratio, False, b.device) if b.key == LOCAL else b for b in self.budgets
+        ]
         self.notes.append(
             f"Measured latency was up to {ratio - 1:.0%} above the prediction, so the search went on under a tighter limit."
         )
@@ -348,7 +347,11 @@ class _Run:
         best = holding[0] if holding else None
         self._write(deliveries, best)
         certificate, refused = None, VerificationError("No plan could be written as a file.")
-        for delivery in holding[:CERTIFIED] or [nearest]:
+        queue = holding or [nearest]
+        for _ in range(CERTIFIED):
+            if not queue:
+                break
+            delivery, *queue = queue
             try:
                 chosen, certificate = delivery, self._certified(delivery)
             except VerificationError as error:
@@ -356,8 +359,10 @@ class _Run:
                 self.notes.append(f"A plan is left out, as its file fails: {error}")
                 continue
             failed = [check for check in certificate.budgets if check.holds is False]
-            if all(METRICS[Budget.parse(check.budget).metric].quality for check in failed):
-                break  # a plan at a cost's limit may miss it in the final file: then the next one has its turn
+            over = [check for check in failed if not METRICS[Budget.parse(check.budget).metric].quality]
+            if not over:
+                break  # a plan at a cost's limit may miss it in the final file: then another has its turn
+            queue = _with_room(queue, delivery, over)
         if certificate is None:
             raise refused
         best = chosen if holding and not failed else None
@@ -421,6 +426,24 @@ class _Run:
 
     def _violation(self, delivery: Delivery) -> float:
         return sum(b.violation(delivery.value(b.key)) for b in self.budgets)
+
+
+def _with_room(queue: list[Delivery], missed: Delivery, over: list[BudgetCheck]) -> list[Delivery]:
+    """Those that would hold the limits if their files took as much more than expected as the one that missed them.
+
+    If none would, the one that comes nearest.
+    """
+
+    def need(delivery: Delivery) -> float:
+        """What its file is expected to take, as a share of the limit: the largest over the budgets."""
+        shares = []
+        for check in over:
+            key = Budget.parse(check.budget).key
+            assert check.measured is not None  # it does not hold, so it was measured
+            shares.append(delivery.value(key) / missed.value(key) * check.measured / check.limit)
+        return max(shares)
+
+    return [d for d in queue if need(d) <= 1] or sorted(queue, key=need)[:1]
 
 
 def _short(evaluation: Evaluation, front: ParetoFront) -> str:

@@ -22,13 +22,12 @@ from autocompress.files import cache_dir, write_json
 from autocompress.graph import IS_OUTPUT, Graph, trace
 from autocompress.hwprofiles import HardwareProfile, exact_int8, known_profiles, load_profile, measure_local, measure_ms
 from autocompress.onnx_file import Artifact, sha256_of
-from autocompress.onnx_quant import Int8Format
 from autocompress.recover import Recovery, recover
 from autocompress.results import Request
 from autocompress.search import check_feasible
 from autocompress.space import make_space
 from autocompress.tasks import Task, check, load_task
-from autocompress.types import METRICS, Budget, Kernel, Plan, SearchSpace
+from autocompress.types import METRICS, Budget, Int8Format, Kernel, Plan, SearchSpace
 
 LOCAL_SECONDS = 45
 """Time to measure this model's shapes when ``local`` has no profile yet."""

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from autocompress.deploy import deploy
 from autocompress.errors import Cancelled, TaskError
-from autocompress.evaluate import fitness, forward
+from autocompress.fitness import fitness, forward, logits
 from autocompress.tasks import Task
 
 MAX_RATE, MIN_RATE = 0.02, 1e-6
@@ -141,10 +141,10 @@ def _loss(
         taught = original(inputs)
     if task.fitness == "mse":
         return functional.mse_loss(outputs, taught)
-    t, axis = settings.temperature, task.class_axis
+    t = settings.temperature
     soft = functional.kl_div(
-        functional.log_softmax(outputs / t, axis).movedim(axis, -1).flatten(0, -2),
-        functional.log_softmax(taught / t, axis).movedim(axis, -1).flatten(0, -2),
+        functional.log_softmax(logits(task, outputs) / t, -1).flatten(0, -2),
+        functional.log_softmax(logits(task, taught) / t, -1).flatten(0, -2),
         reduction="batchmean",  # over all rows of logits
         log_target=True,
     )

@@ -297,6 +297,10 @@ class Objective:
 
 Format = Literal["float", "int8", "w8", "w4"]
 """How a layer is stored and run: float; int8 weights *and* activations; 8- or 4-bit weights dequantized on the fly."""
+Int8Format = Literal["u8s8", "s8s8", "u8u8"]
+"""Types of activations and weights; the integers mean the same numbers in all of them. x86 processors without VNNI add pairs of
+products of ``u8s8`` (and of ``s8s8``, which ONNX Runtime turns into it) in 16 bits, where they saturate: such a file then
+computes something else, without a word. ``u8u8`` is exact everywhere."""
 
 
 @dataclass(frozen=True)

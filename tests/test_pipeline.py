@@ -33,6 +33,8 @@ from autocompress.evaluate import Measurer
 from autocompress.results import JobResult, Progress, Request
 from autocompress.tasks import Task
 from autocompress.tasks.base import Split
+from autocompress.types import Evaluation
+from autocompress.verify import BudgetCheck
 from tests import networks
 
 ROOT = Path(__file__).parents[1]
@@ -317,6 +319,21 @@ def test_a_plan_whose_file_fails_costs_only_that_plan(tmp_path: Path, monkeypatc
     monkeypatch.setattr(deliver, "export_onnx", lambda *_, **__: (_ for _ in ()).throw(VerificationError("All fail.")))
     with pytest.raises(VerificationError, match="All fail"):
         pipeline.compress(asked(seed=4), tmp_path / "none", task=networks.task("resnet-b"))
+
+
+def test_after_a_missed_limit_comes_a_plan_with_room() -> None:
+    """After a file that takes a tenth more than expected, plans within a tenth of the limit are passed over."""
+
+    def priced(ms: float) -> deliver.Delivery:
+        costs = {"latency_ms@local": ms, "size_mb": 1.0}
+        return deliver.Delivery(Evaluation((0,), "refitted", {"loss": 1.0}, costs, 0.0), {"latency_ms@local": ms})
+
+    missed, near, far = priced(9.9), priced(9.5), priced(8.0)
+    check = BudgetCheck("latency_ms<=10@local", 10.0, 10.89, False)
+    assert pipeline._with_room([near, far], missed, [check]) == [far]
+    assert pipeline._with_room([near], missed, [check]) == [near]
+    assert pipeline._with_room([near, far], missed, [replace(check, measured=20.0)]) == [far]
+    assert pipeline._with_room([], missed, [check]) == []
 
 
 def test_damaged_files_are_sentences(tmp_path: Path) -> None:

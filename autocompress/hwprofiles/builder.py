@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-Int8Format = Literal["u8s8", "s8s8", "u8u8"]
+from autocompress.types import Int8Format
+
 SCALE = 0.05
 """Step of every quantized tensor."""
 W4_GROUP = 32

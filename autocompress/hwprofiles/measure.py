@@ -15,13 +15,13 @@ import numpy as np
 import onnxruntime as ort
 
 from autocompress.errors import MeasurementError, UsageError
-from autocompress.hwprofiles.builder import SCALE, GraphBuilder, Int8Format
+from autocompress.hwprofiles.builder import SCALE, GraphBuilder
 from autocompress.hwprofiles.predict import Layout
 from autocompress.hwprofiles.profile import Entry, HardwareProfile
 from autocompress.hwprofiles.references import residual_network
 from autocompress.hwprofiles.sessions import middle_mean, open_session, random_feeds, timer
 from autocompress.hwprofiles.timing import MAX_ROUNDS, MIN_ROUNDS, WARM_UP, Setting, run_overhead_ns, time_kernels
-from autocompress.types import Format, Kernel
+from autocompress.types import Format, Int8Format, Kernel
 
 MAX_NOISE = 0.30
 _PROBE_SECONDS = 0.08

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import TensorProto
 
-from autocompress.hwprofiles.builder import GraphBuilder, Int8Format
+from autocompress.hwprofiles.builder import GraphBuilder
 from autocompress.hwprofiles.sessions import NodeEvent
-from autocompress.types import Kernel
+from autocompress.types import Int8Format, Kernel
 
 HARNESS = 16
 """Channels of a probe's input: one full block of the blocked layout."""

@@ -14,9 +14,8 @@ import numpy as np
 
 from autocompress.errors import UsageError
 from autocompress.files import write_json
-from autocompress.hwprofiles.builder import Int8Format
 from autocompress.hwprofiles.predict import Layout, Predictor
-from autocompress.types import Format, IntArray, Kernel, digest
+from autocompress.types import Format, Int8Format, IntArray, Kernel, digest
 
 SCHEMA = 1
 _KERNEL_FIELDS = ("kind", "in_shape", "out_shape", "kernel", "stride", "groups", "format", "fused", "n_inputs")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from autocompress.hwprofiles.builder import GraphBuilder, Int8Format
-from autocompress.types import Format, Kernel
+from autocompress.hwprofiles.builder import GraphBuilder
+from autocompress.types import Format, Int8Format, Kernel
 
 
 def residual_network(

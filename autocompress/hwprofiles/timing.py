@@ -19,12 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from autocompress.hwprofiles.builder import GraphBuilder, Int8Format
+from autocompress.hwprofiles.builder import GraphBuilder
 from autocompress.hwprofiles.predict import FLOOR_NS
 from autocompress.hwprofiles.probes import REPEATS, Probe, build_probe
 from autocompress.hwprofiles.references import residual_network
 from autocompress.hwprofiles.sessions import NodeEvent, middle_mean, open_session, random_feeds, read_trace, timer
-from autocompress.types import Kernel
+from autocompress.types import Int8Format, Kernel
 
 FloatArray = npt.NDArray[np.float64]
 CHUNK = 32

@@ -111,12 +111,8 @@ class Amc(BaseController):
         wall = self.walls[target]
         if not self._fills():
             return self._walk(target, None)
-        plan = self.choices.uniform(wall.limit)
         walk = Walk(wall)
-        while not walk.done:
-            site = self.choices.sites[walk.step]
-            order = self.choices.orders[site]
-            walk.take(nearest(order, order.index(plan[site]), walk.allowed()))
+        walk.follow(self.choices.uniform(wall.limit))
         return walk.plan()
 
     def _walk(self, target: int, sigma: float | None) -> Plan:
@@ -176,7 +172,7 @@ class Amc(BaseController):
         assert self.scales is not None  # the warm-up is over
         loss, miss = fitness(answer), min(answer.violation, 1e9)
         error = max(loss, 0.0) / (max(loss, 0.0) + self.scales[target]) if math.isfinite(loss) else 1.0
-        share = float((self.tables.cost([answer.plan])[0] / np.maximum(self.choices.dense_cost, 1)).mean())
+        share = self.tables.share(answer.plan)
         if self.kind == "guaranteed":
             return 1 - share if answer.feasible else -(miss / (1 + miss) if math.isfinite(loss) else 1.0)
         if self.kind == "trade":
@@ -185,8 +181,3 @@ class Amc(BaseController):
             return -(self.dense_error + error) * (1 + math.log(max(share, 1e-6) / max(floor, 1e-6))) / unit
         missed = self._quality_miss(answer)
         return -error - missed / (1 + missed)
-
-    def _quality_miss(self, answer: Evaluation) -> float:
-        """Violation of quality budgets alone."""
-        found = [b.violation(answer.values.get(b.metric, math.nan)) for b in self.budgets if METRICS[b.metric].quality]
-        return min(sum(found), 1e9)

@@ -17,7 +17,18 @@ from typing import Any, cast
 from autocompress.errors import UsageError
 from autocompress.registry import Registry
 from autocompress.search.tables import CostTables, Limits, cost_limits
-from autocompress.types import FIDELITIES, Budget, Controller, Costs, Evaluation, Fidelity, Plan, Query, SearchSpace
+from autocompress.types import (
+    FIDELITIES,
+    METRICS,
+    Budget,
+    Controller,
+    Costs,
+    Evaluation,
+    Fidelity,
+    Plan,
+    Query,
+    SearchSpace,
+)
 
 Asking = Generator[list[Query], list[Evaluation], Any]
 Answers = Generator[list[Query], list[Evaluation], list[Evaluation]]
@@ -134,6 +145,11 @@ class BaseController(ABC):
         plan = self._recalled.pop(0) if self._recalled else solve()
         self._decisions.append(None if plan is None else list(plan))
         return None if plan is None else tuple(plan)
+
+    def _quality_miss(self, evaluation: Evaluation) -> float:
+        """Violation of the quality budgets alone."""
+        quality = [b for b in self.budgets if METRICS[b.metric].quality]
+        return min(sum(b.violation(evaluation.values.get(b.metric, math.nan)) for b in quality), 1e9)
 
     def _judge(self, plans: Sequence[Plan], fidelity: Fidelity) -> Answers:
         """Evaluations of plans in effect; those already told are not asked again. Full queries within the limits name the

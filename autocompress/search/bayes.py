@@ -54,6 +54,10 @@ class Optuna(TableSearch):
     ) -> None:
         super().__init__(space, costs, budgets, seed)
         self.storage = storage
+        self._check_space()
+
+    def _check_space(self) -> None:
+        """Refuse a space that the sampler does not take."""
 
     def _search(self) -> Asking:
         from autocompress.search.study import Parameters, PlanStudy
@@ -139,7 +143,7 @@ class Optuna(TableSearch):
             option = int(np.argmin(gain))
             if gain[option] >= -1e-12:
                 break
-            plan = switch(plan, int(self.tables.site_of[option]), int(self.tables.level_of[option]))
+            plan = self.tables.switched(plan, option)
         return self.space.effective(plan)
 
     # ------------------------------------------------------------ answers
@@ -149,7 +153,7 @@ class Optuna(TableSearch):
 
     def _values(self, evaluation: Evaluation) -> list[float]:
         """One number an objective, all finite."""
-        return [self._share(evaluation.plan) if self.quality_only else fitness(evaluation)]
+        return [self.tables.share(evaluation.plan) if self.quality_only else fitness(evaluation)]
 
     def _record(self, trial: Trial, evaluation: Evaluation) -> None:
         judged = [b for b in self.budgets if self.costs_constrain or METRICS[b.metric].quality]
@@ -188,16 +192,8 @@ class BayesGP(Optuna):
     group = 1
     most = 64
 
-    def __init__(
-        self,
-        space: SearchSpace,
-        costs: Costs,
-        budgets: Sequence[Budget],
-        seed: int = 0,
-        storage: Path | None = None,
-    ) -> None:
-        super().__init__(space, costs, budgets, seed, storage)
-        free = sum(n > 1 for n in space.n_levels)
+    def _check_space(self) -> None:
+        free = sum(n > 1 for n in self.space.n_levels)
         if free > self.most:
             raise UsageError(
                 f"bayes-gp takes at most {self.most} sites that offer a choice, this space has {free}: its Gaussian process "
@@ -214,7 +210,7 @@ class _Front(Optuna):
         return ["loss", "cost"]
 
     def _values(self, evaluation: Evaluation) -> list[float]:
-        return [fitness(evaluation), self._share(evaluation.plan)]
+        return [fitness(evaluation), self.tables.share(evaluation.plan)]
 
 
 @CONTROLLERS.register("bayes-nsga2")
@@ -245,19 +241,11 @@ class BayesCMAES(Optuna):
     costs_constrain = False
     knows_constraints = False
 
-    def __init__(
-        self,
-        space: SearchSpace,
-        costs: Costs,
-        budgets: Sequence[Budget],
-        seed: int = 0,
-        storage: Path | None = None,
-    ) -> None:
-        super().__init__(space, costs, budgets, seed, storage)
+    def _check_space(self) -> None:
         from autocompress.search.study import Parameters
 
-        orders = [list(range(n)) for n in space.n_levels]
-        if mixed := Parameters(space, orders).categorical:
+        orders = [list(range(n)) for n in self.space.n_levels]
+        if mixed := Parameters(self.space, orders).categorical:
             raise UsageError(
                 f"bayes-cmaes needs levels that can be put in order, and {len(mixed)} sites offer different methods, such as "
                 f"{mixed[0]!r}; use bayes, bayes-gp, bayes-nsga2 or bayes-nsga3, or search one method."

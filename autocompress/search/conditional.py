@@ -69,7 +69,7 @@ class Conditional(Amc):
     def _ask_between(self) -> Plan:
         """The policy's plan half-way between the cheapest good evaluation and the next cheaper bad one."""
         dense = np.maximum(self.choices.dense_cost, 1)
-        known = [(float((self.tables.cost([plan])[0] / dense).mean()), e) for (_, plan), e in self.seen.items()]
+        known = [(self.tables.share(plan), e) for (_, plan), e in self.seen.items()]
         good = min((share for share, e in known if e.feasible), default=1.0)
         bad = max((share for share, e in known if not e.feasible and share < good), default=0.0)
         asked: IntArray = np.minimum((dense * (good + bad) / 2).astype(np.int64), UNLIMITED)

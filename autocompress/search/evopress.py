@@ -8,7 +8,6 @@ here is listed in ``docs/search.md``.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Generator
 
 import numpy as np
@@ -35,10 +34,7 @@ class EvoPress(BaseController):
     """Generations without a new plan after which the search is over."""
 
     def _search(self) -> Asking:
-        saved, offsets = OneSite(self.space, self.tables).saved, self.tables.offsets
-        self.orders = [  # levels of each site from the costliest to the most saving
-            [int(v) for v in np.argsort(saved[a:b], kind="stable")] for a, b in itertools.pairwise(offsets)
-        ]
+        self.orders = OneSite(self.space, self.tables).by_saving
         self.blocks_only = all(len(order) <= 2 for order in self.orders)
         self.limit: IntArray = self.limits.limit
         parent = yield from self._start()

@@ -7,7 +7,6 @@ together), so the solutions are judged at ``full``, and the losses are measured 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Generator, Sequence
 
 import numpy as np
@@ -32,7 +31,7 @@ class TableSearch(BaseController):
 
     def _prepare(self) -> None:
         self.solver = Solver(self.tables)
-        self.dense_cost: IntArray = self.tables.cost([self.space.dense])[0]
+        self.dense_cost = self.tables.dense
         self.floor = floor = floors(self.tables)
         limit = self.limits.limit
         self.free = bool((self.dense_cost <= limit).all())
@@ -44,10 +43,7 @@ class TableSearch(BaseController):
         else:
             self.targets = [limit, *target_ladder(self.dense_cost, limit, floor, self.n_before, self.n_beyond)]
         self.one_site = OneSite(self.space, self.tables)
-        saved, offsets = self.one_site.saved, self.tables.offsets
-        self.orders = [  # levels of each site from the costliest to the most saving; equal ones by index
-            [int(v) for v in np.argsort(saved[a:b], kind="stable")] for a, b in itertools.pairwise(offsets)
-        ]
+        self.orders = self.one_site.by_saving
         self.plans: dict[int, Plan] = {}  # target -> its last solution
 
     def _solve(self, losses: FloatArray, target: int, quick: bool = False) -> Plan | None:
@@ -151,7 +147,7 @@ class TableSearch(BaseController):
             return
         low = float((self.floor / np.maximum(self.dense_cost, 1)).mean())
         for _ in range(steps):
-            shares = [(self._share(p), e) for (rung, p), e in self.seen.items() if rung == "full"]
+            shares = [(self.tables.share(p), e) for (rung, p), e in self.seen.items() if rung == "full"]
             good = min((share for share, e in shares if e.feasible), default=1.0)
             bad = max((share for share, e in shares if not e.feasible and share < good), default=low)
             limit = (self.dense_cost * (good + bad) / 2).astype(np.int64)
@@ -169,10 +165,6 @@ class TableSearch(BaseController):
         found = self.solver.solve(losses, limit, starts, quick)
         return None if found is None else found.plan
 
-    def _share(self, plan: Plan) -> float:
-        """Cost as a share of the dense one, averaged over the axes."""
-        return float((self.tables.cost([plan])[0] / np.maximum(self.dense_cost, 1)).mean())
-
     def _incumbent(self) -> Evaluation | None:
         """The best at ``full`` within the goal's limits: quality budgets first, then the loss.
 
@@ -184,7 +176,7 @@ class TableSearch(BaseController):
             return None
         good = [e for e in full if e.feasible]
         if self.free and self.budgets and good:
-            return min(good, key=lambda e: (self._share(e.plan), fitness(e), e.plan))
+            return min(good, key=lambda e: (self.tables.share(e.plan), fitness(e), e.plan))
         costs = self.tables.cost([e.plan for e in full])
         unit = np.where(goal < UNLIMITED, np.maximum(goal, 1), np.inf)
         over = np.maximum((costs - goal) / unit, 0).sum(axis=1)

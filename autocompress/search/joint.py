@@ -102,14 +102,10 @@ class Branching:
 
     def _bounded(self, costs: Elimination, parent: _Node | None, cut: float = math.inf) -> _Node | None:
         """A node with its best bound; ``None`` where that reaches ``cut``."""
-        columns, unit = self.columns, self.unit[self.columns]
-
-        entries = costs.entries
+        columns, unit, entries = self.columns, self.unit[self.columns], costs.entries
 
         def oracle(prices: FloatArray) -> tuple[float, FloatArray, Plan]:
-            full = np.zeros(len(self.limit))
-            full[columns] = prices / unit
-            plan = costs.minimum(self.losses, full)[1]
+            plan = self._at(costs, prices)
             self.left -= entries
             loss = float(self.losses[self.tables.current(plan)].sum())
             # the factors' own sum, not ``cost``: a peak counts as zero in them
@@ -120,6 +116,7 @@ class Branching:
         return None if found.bound >= cut else _Node(costs, found.bound, found.prices, self._at(costs, found.prices))
 
     def _at(self, costs: Elimination, prices: FloatArray) -> Plan:
+        """The minimiser at prices."""
         full = np.zeros(len(self.limit))
         full[self.columns] = prices / self.unit[self.columns]
         return costs.minimum(self.losses, full)[1]

@@ -36,7 +36,7 @@ class Polish(Evolution):
         known: Sequence[Evaluation],
         rung: Fidelity = "refitted",
     ) -> None:
-        self.known, self.rung, self.raced = known, rung, rung
+        self.known, self.raced = known, rung
         super().__init__(space, costs, budgets, seed)
 
     def _search(self) -> Asking:
@@ -69,7 +69,7 @@ class Polish(Evolution):
         ratios = [
             fitness(e) / fitness(self.seen["full", plan])
             for (rung, plan), e in self.seen.items()
-            if rung == self.rung and ("full", plan) in self.seen and fitness(self.seen["full", plan]) > 0
+            if rung == self.raced and ("full", plan) in self.seen and fitness(self.seen["full", plan]) > 0
         ]
         finite = [r for r in ratios if np.isfinite(r)]
         scaled: FloatArray = self.one_site.losses() * (float(np.median(finite)) if finite else 1.0)
@@ -77,11 +77,11 @@ class Polish(Evolution):
 
     def _inside(self, limit: IntArray) -> list[Evaluation]:
         """Evaluations at the rung within the limits on costs, the best first."""
-        found = [e for (rung, _), e in self.seen.items() if rung == self.rung and np.isfinite(fitness(e))]
+        found = [e for (rung, _), e in self.seen.items() if rung == self.raced and np.isfinite(fitness(e))]
         fits = self.tables.fits([e.plan for e in found], limit) if found else []
         return sorted((e for e, ok in zip(found, fits, strict=True) if ok), key=lambda e: (fitness(e), e.plan))
 
     def _climb(self, children: list[Plan]) -> Generator[list[Query], list[Evaluation], None]:
         """The child the model likes best, and one of the others by chance."""
         chosen = [children[0], *self.rng.sample(children[1:], min(len(children) - 1, self.asked_at_once - 1))]
-        yield from self._judge(chosen, self.rung)
+        yield from self._judge(chosen, self.raced)

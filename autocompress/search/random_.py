@@ -7,7 +7,7 @@ import numpy as np
 from autocompress.search.base import CONTROLLERS, Asking, BaseController
 from autocompress.search.feasible import floors
 from autocompress.search.solver import holds, repair
-from autocompress.search.tables import all_plans, switch
+from autocompress.search.tables import all_plans
 from autocompress.types import IntArray, Plan
 
 TINY = 4096
@@ -21,7 +21,7 @@ class Random(BaseController):
     group = 8
 
     def _search(self) -> Asking:
-        self.dense_cost: IntArray = self.tables.cost([self.space.dense])[0]
+        self.dense_cost = self.tables.dense
         self.floor = floors(self.tables)
         plans = self._all() if self.space.size <= TINY else None
         while True:
@@ -77,7 +77,7 @@ class Random(BaseController):
             if not len(helpful):
                 break
             option = int(helpful[self.rng.randrange(len(helpful))])
-            plan = switch(plan, int(self.tables.site_of[option]), int(self.tables.level_of[option]))
+            plan = self.tables.switched(plan, option)
         zero = np.zeros(self.tables.n_options)
         fixed = repair(self.tables, zero, plan, limit)
         return fixed if holds(self.tables.cost([fixed])[0], limit) else self.tables.cheapest(1 / unit)

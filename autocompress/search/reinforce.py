@@ -22,10 +22,10 @@ import numpy as np
 
 from autocompress.errors import UsageError
 from autocompress.search.base import CONTROLLERS, Asking, BaseController, fitness
-from autocompress.search.states import describe
+from autocompress.search.states import N_FEATURES, describe
 from autocompress.search.tables import FloatArray, switch
-from autocompress.search.wall import Choices, Walk, Wall, nearest
-from autocompress.types import METRICS, Budget, Costs, Evaluation, Plan, Query, SearchSpace
+from autocompress.search.wall import Choices, Walk, Wall
+from autocompress.types import Budget, Costs, Evaluation, Plan, Query, SearchSpace
 
 if TYPE_CHECKING:  # a search that learns nothing loads no torch
     from autocompress.search.policy import Recurrent
@@ -197,24 +197,14 @@ class Reinforce(BaseController):
     def _inside(self, plan: Plan) -> Plan:
         """The plan, each level moved to the nearest from which the limits can still be held."""
         walk = Walk(self.wall)
-        while not walk.done:
-            site = self.choices.sites[walk.step]
-            order = self.choices.orders[site]
-            walk.take(nearest(order, order.index(plan[site]), walk.allowed()))
+        walk.follow(plan)
         return walk.witness
 
     def _reward(self, answer: Evaluation) -> float:
         """N2N's ``C (2 - C) * quality``; quality is 1 for the original and one half at the first plans' median loss."""
         loss = fitness(answer)
-        missed = any(
-            METRICS[b.metric].quality and b.violation(answer.values.get(b.metric, math.nan)) > 0 for b in self.budgets
-        )
-        if missed or not math.isfinite(loss):
+        if self._quality_miss(answer) > 0 or not math.isfinite(loss):
             return -1.0
-        saved = 1 - float((self.tables.cost([answer.plan])[0] / np.maximum(self.choices.dense_cost, 1)).mean())
+        saved = 1 - self.tables.share(answer.plan)
         c = min(max(saved, 0.0), self.most_saved)
         return c * (2 - c) / (1 + max(loss - self.dense_loss, 0.0) / (self.scale or 1.0))
-
-
-N_FEATURES = 11
-"""Numbers that ``states.describe`` gives of a site."""

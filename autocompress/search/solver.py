@@ -26,7 +26,7 @@ from scipy.sparse import csr_matrix, vstack
 from autocompress.search import knapsack
 from autocompress.search.elimination import Elimination, elimination
 from autocompress.search.joint import Branching
-from autocompress.search.tables import UNLIMITED, CostTables, FloatArray, switch, tabulate
+from autocompress.search.tables import UNLIMITED, CostTables, FloatArray, tabulate
 from autocompress.types import CostFactor, IntArray, Plan
 
 MAX_JOINT = 2_000
@@ -235,7 +235,7 @@ def repair(tables: CostTables, losses: FloatArray, plan: Plan, limit: IntArray) 
         if relief.max(initial=0.0) <= 0:
             return plan
         option = int(np.argmax(np.where(relief > 0, relief / harm, -1.0)))
-        plan = switch(plan, int(tables.site_of[option]), int(tables.level_of[option]))
+        plan = tables.switched(plan, option)
     return plan
 
 
@@ -249,7 +249,7 @@ def polish(tables: CostTables, losses: FloatArray, plan: Plan, limit: IntArray, 
         best_gain, best = float(single.min(initial=0.0)), int(np.argmin(single)) if len(single) else 0
         step = None
         if best_gain < -1e-12:
-            step = switch(plan, int(tables.site_of[best]), int(tables.level_of[best]))
+            step = tables.switched(plan, best)
         step = _pair(tables, plan, cost, delta, change, limit, width, best_gain) or step
         if step is None:
             return plan
@@ -286,8 +286,8 @@ def _pair(
         if total[i, j] >= best_gain - 1e-12:
             break
         up, down = ups[i], downs[j]
-        half = switch(plan, int(tables.site_of[up]), int(tables.level_of[up]))
-        pairs.append(switch(half, int(tables.site_of[down]), int(tables.level_of[down])))
+        half = tables.switched(plan, up)
+        pairs.append(tables.switched(half, down))
     if not pairs:
         return None
     good = (tables.cost(pairs) <= limit).all(axis=1)
@@ -442,6 +442,10 @@ class Solver:
         tables = self.tables
         unit = np.where(limit < UNLIMITED, 1 / np.maximum(limit, 1), 0.0)
         dense = (0,) * len(tables.n_levels)
+        if (
+            tables.maxima
+        ):  # a maximum falls only when all that reach it do: single switches from one start often stop short
+            starts = [*starts, *tables.uniform_plans()]
         best: Solution | None = None
         for start in dict.fromkeys([*starts, dense]):
             best = self._better(best, losses, start, limit)

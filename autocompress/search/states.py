@@ -12,6 +12,8 @@ from autocompress.search.wall import Choices
 from autocompress.types import Plan, Site
 
 KINDS = ("channels", "block", "layer")
+N_FEATURES = 11
+"""Numbers that :func:`describe` gives of a site."""
 
 
 def _sizes(site: Site) -> tuple[float, float, float]:
@@ -90,7 +92,7 @@ def describe(choices: Choices) -> FloatArray:
                 len(choices.orders[s]) / 10,
             ]
         )
-    return np.array(rows, float).reshape(len(sites), 11)
+    return np.array(rows, float).reshape(len(sites), N_FEATURES)
 
 
 def _own(site: Site, saved: float) -> tuple[float, float, float]:

@@ -6,6 +6,8 @@ the costliest sites first, then coarser and finer ones. What is not measured yet
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 
 import numpy as np
@@ -23,11 +25,17 @@ class OneSite:
     def __init__(self, space: SearchSpace, tables: CostTables) -> None:
         self.space, self.tables = space, tables
         contexts = [space.dense]
-        dense = np.maximum(tables.cost([space.dense])[0], 1)
+        dense = np.maximum(tables.dense, 1)
         for column in range(len(tables.columns)):
             contexts.append(tables.cheapest(np.eye(len(tables.columns))[column] / dense))
         self.saved = tables.savings(list(dict.fromkeys(contexts)))
         self.measured: dict[tuple[int, int], float] = {}
+
+    @functools.cached_property
+    def by_saving(self) -> list[list[int]]:
+        """Levels of each site from the costliest to the most saving; equal ones by index."""
+        pairs = itertools.pairwise(self.tables.offsets)
+        return [[int(v) for v in np.argsort(self.saved[a:b], kind="stable")] for a, b in pairs]
 
     def passes(self) -> list[list[Plan]]:
         """Plans to measure: one list a pass, at most one plan a site in each."""

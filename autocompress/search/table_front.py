@@ -30,7 +30,7 @@ def table_front(tables: CostTables, losses: FloatArray, n: int, solver: Solver |
     if n < 1:
         raise UsageError(f"A front has a positive number of limits, got {n}.")
     solver = solver or Solver(tables)
-    dense = tables.cost([(0,) * len(tables.n_levels)])[0]
+    dense = tables.dense
     out: list[FrontPoint] = []
     for column, floor in enumerate(floors(tables).tolist()):
         points: list[FrontPoint] = []

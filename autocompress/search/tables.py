@@ -103,7 +103,7 @@ class CostTables:
         )
         self._costs = costs
         metrics = [METRICS.get(costs.keys[c].partition("@")[0]) for c in self.columns]
-        self._maxima = [i for i, metric in enumerate(metrics) if metric and not metric.additive]
+        self.maxima = [i for i, metric in enumerate(metrics) if metric and not metric.additive]
 
     @functools.cached_property
     def factors(self) -> list[CostFactor]:
@@ -133,24 +133,41 @@ class CostTables:
     def deltas(self, plan: Plan) -> IntArray:
         """Change of cost when one site of ``plan`` switches to one level.  # (n_options, n_columns)"""
         delta = self._costs.deltas(plan)[:, self.columns]
-        if self._maxima:  # a maximum has no differences of its own: whole plans tell
+        if self.maxima:  # a maximum has no differences of its own: whole plans tell
             switched = np.tile(np.asarray(plan, np.int64), (self.n_options, 1))
             switched[np.arange(self.n_options), self.site_of] = self.level_of
             cost = self.cost(list(map(tuple, switched.tolist())))
-            delta[:, self._maxima] = (cost - self.cost([plan]))[:, self._maxima]
+            delta[:, self.maxima] = (cost - self.cost([plan]))[:, self.maxima]
         return delta
+
+    @functools.cached_property
+    def dense(self) -> IntArray:
+        """What the dense plan costs.  # (n_columns,)"""
+        cost: IntArray = self.cost([(0,) * len(self.n_levels)])[0]
+        return cost
+
+    def share(self, plan: Plan) -> float:
+        """Cost of a plan as a share of the dense one's, averaged over the columns."""
+        return float((self.cost([plan])[0] / np.maximum(self.dense, 1)).mean())
+
+    def switched(self, plan: Plan, option: int) -> Plan:
+        """``plan`` with one option taken."""
+        return switch(plan, int(self.site_of[option]), int(self.level_of[option]))
+
+    def uniform_plans(self) -> list[Plan]:
+        """Every site equally far up its levels, from dense to the last."""
+        return [tuple(round(share * (n - 1)) for n in self.n_levels) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
 
     def cheapest(self, weights: FloatArray) -> Plan:
         """A plan of low weighted cost: one-switch descent from uniform plans, the best end kept."""
         best: tuple[float, Plan] | None = None
-        for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-            plan = tuple(round(share * (n - 1)) for n in self.n_levels)
+        for plan in self.uniform_plans():
             for _ in range(20 * len(plan) + 20):
                 gain = self.deltas(plan) @ weights
                 option = int(np.argmin(gain)) if len(gain) else 0
                 if not len(gain) or gain[option] >= 0:
                     break
-                plan = switch(plan, int(self.site_of[option]), int(self.level_of[option]))
+                plan = self.switched(plan, option)
             found = (float(self.cost([plan])[0] @ weights), plan)
             best = found if best is None or found < best else best
         assert best is not None  # the loop ran

@@ -29,16 +29,16 @@ class Choices:
 
     def __init__(self, space: SearchSpace, tables: CostTables) -> None:
         self.space, self.tables = space, tables
-        saved = OneSite(space, tables).saved
-        self.orders: list[list[int]] = []
-        for a, b in itertools.pairwise(tables.offsets):
-            own = saved[a:b]
-            levels = [int(v) for v in np.argsort(own, kind="stable") if v and own[v] > 0]
-            self.orders.append([0, *levels])
+        one_site = OneSite(space, tables)
+        saved = one_site.saved
+        self.orders = [
+            [0, *(v for v in order if v and saved[a + v] > 0)]
+            for order, a in zip(one_site.by_saving, tables.offsets[:-1], strict=True)
+        ]
         self.sites = [s for s, order in enumerate(self.orders) if len(order) > 1]
         self.most = [float(saved[a:b].max(initial=0.0)) for a, b in itertools.pairwise(tables.offsets)]
         self.milder = [self._milder(site) for site in range(len(space.sites))]
-        self.dense_cost: IntArray = tables.cost([space.dense])[0]
+        self.dense_cost = tables.dense
         unit = 1 / np.maximum(self.dense_cost, 1)
         weights = [unit, *(np.eye(len(unit))[k] * unit for k in range(len(unit)))]
         self.cheap = list(dict.fromkeys([*(tables.cheapest(w) for w in weights), tuple(o[-1] for o in self.orders)]))
@@ -117,7 +117,7 @@ class Wall:
             if not options:
                 return plan
             best = min(options, key=lambda o: (-float((delta[o] / unit).sum()), o))
-            plan = switch(plan, int(tables.site_of[best]), int(tables.level_of[best]))
+            plan = tables.switched(plan, best)
         return plan
 
 
@@ -159,6 +159,13 @@ class Walk:
         self.witness = self._found[level]
         self._decided = switch(self._decided, site, level)
         self.step += 1
+
+    def follow(self, plan: Plan) -> None:
+        """Decide all that is left for the allowed level nearest to that of ``plan``."""
+        while not self.done:
+            site = self.choices.sites[self.step]
+            order = self.choices.orders[site]
+            self.take(nearest(order, order.index(plan[site]), self.allowed()))
 
     def _head(self, site: int) -> Plan:
         # sites without a choice are decided by the witness

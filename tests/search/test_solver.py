@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from toys import PeakCosts, ToyCosts, chain, separable, space_of
 
@@ -239,6 +239,7 @@ def test_a_function_over_too_many_levels_to_tabulate() -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10_000), st.floats(0.3, 0.9))
+@example(7471, 0.75)
 def test_a_peak_is_held_though_no_factor_has_it(seed: int, share: float) -> None:
     levels = [4] * 5
     space = space_of(*levels)
