@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from autocompress.search.alds import Alds
 from autocompress.search.amc import Amc
+from autocompress.search.auto import Auto
 from autocompress.search.base import CONTROLLERS, BaseController
 from autocompress.search.bayes import Bayes
 from autocompress.search.conditional import Conditional
@@ -29,6 +30,7 @@ __all__ = [
     "CONTROLLERS",
     "Alds",
     "Amc",
+    "Auto",
     "BaseController",
     "Bayes",
     "Conditional",

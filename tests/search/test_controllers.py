@@ -45,10 +45,15 @@ class TestEvolution(ControllerContract):
     name = "evolution"
 
 
+class TestAuto(ControllerContract):
+    name = "auto"
+
+
 def test_names() -> None:
     assert list(CONTROLLERS) == [
         "alds",
         "amc",
+        "auto",
         "bayes",
         "bayes-cmaes",
         "bayes-gp",
