@@ -29,6 +29,8 @@ from autocompress.types import FIDELITIES, METRICS, Budget, Evaluation, cost_key
 from autocompress.verify import Certificate, certify, quality
 
 LOCAL = cost_key("latency_ms", "local")
+LEDGER_START = "ledger_start.json"
+"""Where a folder keeps what its job started from, when that was not an empty ledger."""
 SECONDS_A_MODEL = 2.0
 COMPARE_SECONDS = 10.0
 
@@ -160,9 +162,10 @@ def certified(
     path: Path,
     request: Request,
     replay: str,
+    ledger: str,
     verifying: Callable[[], AbstractContextManager[Any]],
 ) -> Certificate:
-    """Export one plan, prove it and write its certificate beside it."""
+    """Export one plan, prove it and write its certificate beside it; ``ledger``: hash of the one the search started from."""
     task = made.task
     examples = task.inputs(task.calibration.take(EXAMPLES))
     model = models.deployed(evaluation.plan, evaluation.fidelity)
@@ -185,6 +188,7 @@ def certified(
                 "task": task.hash,
                 "database": made.database.key,
                 "space": made.space.hash,
+                "ledger": ledger,
                 **{f"profile {name}": profile.hash for name, profile in made.profiles.items()},
             },
             replay=replay,
@@ -235,6 +239,8 @@ def replay_command(request: Request, out: Path, evaluations: int) -> str:
     for name, file in profiles.items():
         words += ["--profile", f"{name}={file}"]
     words += ["--recover-steps", str(request.recover_steps or 0)]
+    if request.warm or request.warm_from:
+        words += ["--warm-from", str(out / LEDGER_START)]
     if request.batch != 1:
         words += ["--batch", str(request.batch)]
     if request.threads:

@@ -11,21 +11,22 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from autocompress.deliver import LOCAL, Delivery, certified, choose, replay_command, timed
+from autocompress.deliver import LEDGER_START, LOCAL, Delivery, certified, choose, replay_command, timed
 from autocompress.errors import BudgetUnmet, Cancelled, InfeasibleBudget, StoreError, UsageError, VerificationError
 from autocompress.evaluate import ModelEvaluator
 from autocompress.files import make_folder, write_json, write_text
+from autocompress.ledger import JobLedger, NoLedger, Shared, Start, started
 from autocompress.models import Models
 from autocompress.prepare import Prepared, prepare, recovery_of
 from autocompress.report import make_result
-from autocompress.results import JobResult, Progress, Request, Stage
+from autocompress.results import JobResult, LedgerRow, Progress, Request, Stage
 from autocompress.search import CONTROLLERS, ParetoFront, Polish, check_feasible
 from autocompress.search import run as run_search
 from autocompress.tasks import Task
@@ -93,13 +94,15 @@ def compress(
     *,
     task: Task | None = None,
     ledger: Ledger | None = None,
+    shared: Shared | None = None,
     progress: Callable[[Progress], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> JobResult:
     """Run a request in the folder ``out``: request.json, result.json, model.onnx and certificate.json come to lie there.
 
-    ``task``: a task object instead of the request's spec. Raises :class:`InfeasibleBudget` before the search where that can
-    be known, :class:`BudgetUnmet` after everything is written when the measured plan misses a budget, :class:`Cancelled`
+    ``task``: a task object instead of the request's spec. ``ledger``: the job's own; ``shared``: opens the one that all jobs on
+    a model fill, which is read only where the request says ``warm``. Raises :class:`InfeasibleBudget` before the search where
+    that can be known, :class:`BudgetUnmet` after everything is written when the measured plan misses a budget, :class:`Cancelled`
     when stopped; every evaluation is kept then.
     """
     if task is not None and request.workers is not None:
@@ -111,7 +114,7 @@ def compress(
     _refuse_foreign(request, out)
     stages = _Stages(progress, out / "seconds.json")
     torch.set_num_threads(request.threads or len(os.sched_getaffinity(0)))
-    run = _Run(request, out, task, ledger, stages, cancelled)
+    run = _Run(request, out, task, ledger, stages, cancelled, shared)
     try:
         return run.go()
     except KeyboardInterrupt:
@@ -142,9 +145,13 @@ class _Run:
         ledger: Ledger | None,
         stages: _Stages,
         cancelled: Callable[[], bool] | None,
+        shared: Shared | None = None,
     ) -> None:
         self.request, self.out, self.stages, self.cancelled = request, out, stages, cancelled
-        self.given_task, self.ledger = task, ledger
+        self.given_task, self.own, self.shared = task, ledger or NoLedger(), shared
+        self.start = Start()
+        self.known: list[Evaluation] = []
+        self.open = ExitStack()
         self.notes: list[str] = []
         self.round = ""
         self.searched = 0
@@ -152,11 +159,13 @@ class _Run:
 
     def close(self) -> None:
         """End what runs beside this process."""
+        self.open.close()
         if self.workers is not None:
             self.workers.close()
 
     def go(self) -> JobResult:
         self._prepare()
+        self._begin()
         with self.stages.at("search", self.request.controller):
             check_feasible(self.made.space, self.made.costs, self.budgets)
             self._search(self.budgets)
@@ -179,7 +188,7 @@ class _Run:
         self.request = self.request.model_copy(update={"recover_steps": recovery.steps if recovery else 0})
         write_text(self.out / "request.json", self.request.model_dump_json(indent=1))
         self.evaluator = ModelEvaluator(
-            made.database, made.costs, self.budgets, self.ledger, threads=torch.get_num_threads()
+            made.database, made.costs, self.budgets, self.own, threads=torch.get_num_threads()
         )
         self.models = Models(
             made.database,
@@ -196,8 +205,27 @@ class _Run:
         cost = next((b.key for b in self.budgets if not METRICS[b.metric].quality), LOCAL)
         self.front = ParetoFront([Objective("loss"), Objective(cost)])
 
+    def _begin(self) -> None:
+        """Open the ledgers; the start is decided once and kept in the folder."""
+        path, model = self.out / LEDGER_START, self.evaluator.model
+        shared: Ledger | None = None
+        try:
+            shared = self.open.enter_context(self.shared(model)) if self.shared is not None else None
+        except StoreError as error:
+            if self.request.warm and not path.exists():
+                raise
+            self.notes.append(f"What this job measures is not kept for others: {error}")
+        if self.request.warm or self.request.warm_from:
+            given = Path(self.request.warm_from) if self.request.warm_from else None
+            self.start = started(path, model, given, shared)
+            self.notes.append(self.start.sentence)
+        self.ledger = self.evaluator.ledger = JobLedger(self.own, self.start, shared)
+        self.known = self.evaluator.known(self.start.entries.items())
+        self.front.add(e for e in self.known if e.fidelity in ("slice", "full"))
+
     def _search(self, budgets: Sequence[Budget]) -> None:
         controller = CONTROLLERS[self.request.controller](self.made.space, self.made.costs, budgets, self.request.seed)
+        controller.learn(self.known)
         outcome = run_search(
             controller,
             self.evaluator,
@@ -385,10 +413,12 @@ class _Run:
                 self.out / "model.onnx",
                 self.request,
                 replay_command(self.request, self.out, self.searched),
+                self.start.hash,
                 lambda: self.stages.at("verify"),
             )
 
     def _write(self, deliveries: list[Delivery], best: Delivery | None) -> JobResult:
+        refusal = self.ledger.refusal
         result = make_result(
             self.request,
             self.made,
@@ -398,7 +428,8 @@ class _Run:
             self.budgets,
             self.stages.seconds,
             self.searched,
-            self.notes,
+            self.notes + ([f"What this job measured is not all kept for others: {refusal}"] if refusal else []),
+            LedgerRow(hash=self.start.hash, entries=len(self.start.entries)),
         )
         write_text(self.out / "result.json", result.model_dump_json(indent=1))
         return result
@@ -488,7 +519,10 @@ def export(
     again = shlex.join(["autocompress", "export", str(folder), "--pick", point.id, "--out", str(path)])
     replay = f"{replay_command(request, folder, result.evaluations)} && {again}"
     with stages.at("export", point.id):
-        delivered = certified(evaluation, run.models, run.made, path, request, replay, lambda: stages.at("verify"))
+        ledger = result.ledger.hash if result.ledger else Start().hash
+        delivered = certified(
+            evaluation, run.models, run.made, path, request, replay, ledger, lambda: stages.at("verify")
+        )
     return {
         "onnx": str(path),
         "certificate": str(certificate_of(path)),

@@ -33,6 +33,10 @@ class Request(_Record):
     data: tuple[str, ...] = ()
     budgets: tuple[str, ...]
     controller: str = "evolution"
+    warm: bool = False
+    """Whether to start from all that earlier jobs have judged on the same model, instead of from an empty ledger."""
+    warm_from: str | None = None
+    """A job's ``ledger_start.json``: to start from exactly what that job started from. A replay gives it."""
     evaluations: int | None = None
     minutes: float | None = None
     seed: int = 0
@@ -56,7 +60,10 @@ class Request(_Record):
 
     @property
     def hash(self) -> str:
-        return digest(self.model_dump(mode="json", exclude={"workers"}))
+        unsaid = {
+            name for name in ("warm", "warm_from") if not getattr(self, name)
+        }  # as before there were these fields
+        return digest(self.model_dump(mode="json", exclude={"workers", *unsaid}))
 
 
 class Progress(_Record):
@@ -112,6 +119,13 @@ class Point(_Record):
     ops: tuple[OpRow, ...] = ()
 
 
+class LedgerRow(_Record):
+    """The ledger a job started from: its hash, and how many evaluations of earlier jobs it holds."""
+
+    hash: str
+    entries: int
+
+
 class JobResult(_Record):
     """The outcome of a compress job; ``points`` holds every rung's evaluations of interest, the front's among them."""
 
@@ -133,6 +147,7 @@ class JobResult(_Record):
     devices: dict[str, dict[str, Any]] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
     """Sentences a person must read: refused layers, missed budgets, plans that are smaller but not faster."""
+    ledger: LedgerRow | None = None
     request: Request | None = None
 
     def point(self, point_id: str) -> Point:

@@ -26,6 +26,8 @@ def compress(
     controller: o.Controller = "evolution",
     evaluations: o.Evaluations = None,
     minutes: o.Minutes = None,
+    warm: o.Warm = False,
+    warm_from: o.WarmFrom = None,
     seed: o.Seed = 0,
     methods: o.Methods = o.ALL_METHODS,
     importance: o.Importance = o.DEFAULT_IMPORTANCE,
