@@ -24,7 +24,7 @@ from autocompress.hwprofiles import compare, measure_ms
 from autocompress.models import Models
 from autocompress.onnx_file import parity
 from autocompress.prepare import EXAMPLES, Prepared
-from autocompress.results import METHOD_FAMILIES, JobResult, Point, Request
+from autocompress.results import METHOD_FAMILIES, JobResult, Point, RaceEntry, Request
 from autocompress.types import FIDELITIES, METRICS, Budget, Evaluation, cost_key, digest
 from autocompress.verify import Certificate, certify, quality
 
@@ -217,18 +217,30 @@ def expected_layers(made: Prepared, evaluation: Evaluation) -> dict[str, int]:
     return count
 
 
-def replay_command(request: Request, out: Path, evaluations: int) -> str:
+def replay_command(request: Request, out: Path, evaluations: int, race: Sequence[RaceEntry] = ()) -> str:
     """The command that makes the same files again, with the measured profile and the resolved choices given.
 
-    ``evaluations``: how many a search by the clock has made.
+    ``evaluations``: how many a search by the clock has made; ``race``: how many each controller has, where they raced.
     """
     words = ["autocompress", "compress", request.task]
     for folder in request.data:
         words += ["--data", folder]
     for budget in request.budgets:
         words += ["--budget", budget]
-    words += ["--controller", request.controller, "--seed", str(request.seed), "--importance", request.importance]
-    count = request.evaluations if request.minutes is None else evaluations  # a clock does not repeat, a count does
+    controller, count = request.controller, request.evaluations
+    if request.minutes is not None and race:  # a clock does not repeat, a count does
+        controller = ",".join(f"{entry.controller}:{max(1, entry.evaluations)}" for entry in race)
+    elif request.minutes is not None:
+        count = evaluations
+    words += [
+        "--controller",
+        controller,
+        *(["--race"] if request.race else []),
+        "--seed",
+        str(request.seed),
+        "--importance",
+        request.importance,
+    ]
     if count is not None:
         words += ["--evaluations", str(count)]
     if request.methods != METHOD_FAMILIES:

@@ -7,6 +7,7 @@ and distilled models and the state of the clock-dependent choices are on disk, s
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import time
@@ -26,11 +27,11 @@ from autocompress.ledger import JobLedger, NoLedger, Shared, Start, started
 from autocompress.models import Models
 from autocompress.prepare import Prepared, prepare, recovery_of
 from autocompress.report import make_result
-from autocompress.results import JobResult, LedgerRow, Progress, Request, Stage
-from autocompress.search import CONTROLLERS, ParetoFront, Polish, check_feasible
+from autocompress.results import JobResult, LedgerRow, Progress, RaceEntry, Request, Stage
+from autocompress.search import CONTROLLERS, ParetoFront, Polish, Racer, check_feasible, racers, run_race
 from autocompress.search import run as run_search
 from autocompress.tasks import Task
-from autocompress.types import METRICS, Budget, Evaluation, Fidelity, Ledger, Objective, Plan, Query
+from autocompress.types import METRICS, Budget, Controller, Evaluation, Fidelity, Ledger, Objective, Plan, Query
 from autocompress.verify import BudgetCheck, Certificate, certificate_of
 from autocompress.workers import LocalWorkers, Opening, RayWorkers, workers_of
 
@@ -50,6 +51,8 @@ REACH = 3.0
 """A quality budget that is missed by so many points (or times its limit) may come within reach by distillation."""
 POLISH_SHARE = 12
 """One evaluation in so many is spent again after refit, climbing from the best plans."""
+SEARCHED: tuple[Fidelity, ...] = ("slice", "full")
+"""Rungs of the search; what is known there from earlier jobs belongs to the front."""
 RUNGS: tuple[Fidelity, ...] = ("slice", "full", "refitted")
 SLOWER = 1.03
 """A file that takes this much longer than the original, timed in the same rounds, is slower."""
@@ -148,7 +151,9 @@ class _Run:
         shared: Shared | None = None,
     ) -> None:
         self.request, self.out, self.stages, self.cancelled = request, out, stages, cancelled
-        self.given_task, self.own, self.shared = task, ledger or NoLedger(), shared
+        self.field = racers(request.controller, request.race)
+        self.race: tuple[RaceEntry, ...] = ()
+        self.given_task, self.own, self.shared = task, NoLedger() if ledger is None else ledger, shared
         self.start = Start()
         self.known: list[Evaluation] = []
         self.open = ExitStack()
@@ -168,7 +173,10 @@ class _Run:
         self._begin()
         with self.stages.at("search", self.request.controller):
             check_feasible(self.made.space, self.made.costs, self.budgets)
-            self._search(self.budgets)
+            if self.request.race:
+                self._race()
+            else:
+                self._search(self.field[0], self.budgets)
         self._refit()
         deliveries = self._timed(self._chosen())
         if sum(self._holds(d) for d in deliveries) < RECOVERED:
@@ -221,17 +229,45 @@ class _Run:
             self.notes.append(self.start.sentence)
         self.ledger = self.evaluator.ledger = JobLedger(self.own, self.start, shared)
         self.known = self.evaluator.known(self.start.entries.items())
-        self.front.add(e for e in self.known if e.fidelity in ("slice", "full"))
+        self.front.add(e for e in self.known if e.fidelity in SEARCHED)
 
-    def _search(self, budgets: Sequence[Budget]) -> None:
-        controller = CONTROLLERS[self.request.controller](self.made.space, self.made.costs, budgets, self.request.seed)
-        controller.learn(self.known)
-        outcome = run_search(
-            controller,
+    def _race(self) -> None:
+        """Every controller searches as if alone; what they judged is one front."""
+        dense = self._judge([self.made.space.dense], "full")[0]
+        tick = self.stages.tick
+        self.race = run_race(
+            self.field,
+            lambda name: self._controller(name, self.budgets),
             self.evaluator,
             self.front,
-            evaluations=None if self.request.minutes else self._limit(),
+            reference=(dense.values["loss"] + 1.0, dense[self.front.objectives[-1].key]),
+            path=self.out / "race.json",
+            known=[e for e in self.known if e.fidelity in SEARCHED],
+            evaluations=None if self.request.minutes else self.request.evaluations or DEFAULT_EVALUATIONS,
             minutes=self.request.minutes,
+            batch=max(BATCH, 2 * self.evaluator.width),
+            on_progress=lambda name, own, n, total: tick(n, total, f"{name}: {self._best_so_far('full', own)}"),
+            cancelled=self.cancelled,
+        )
+        self.searched = sum(entry.evaluations for entry in self.race)
+        winner = min(self.race, key=lambda e: e.end.loss if self.limited and e.end.loss is not None else math.inf)
+        if not self.limited:  # then the best loss is that of a plan that saves nothing
+            winner = max(self.race, key=lambda e: e.end.hypervolume)
+        self.field = (Racer(winner.controller, max(1, winner.evaluations)),)  # if there is a search once more
+
+    def _controller(self, name: str, budgets: Sequence[Budget]) -> Controller:
+        controller = CONTROLLERS[name](self.made.space, self.made.costs, budgets, self.request.seed)
+        controller.learn(self.known)
+        return controller
+
+    def _search(self, racer: Racer, budgets: Sequence[Budget]) -> None:
+        minutes = None if racer.evaluations else self.request.minutes
+        outcome = run_search(
+            self._controller(racer.name, budgets),
+            self.evaluator,
+            self.front,
+            evaluations=racer.evaluations or (None if minutes else self._limit()),
+            minutes=minutes,
             batch=max(BATCH, 2 * self.evaluator.width),
             on_progress=lambda done, total: self.stages.tick(done, total, self._best_so_far()),
             cancelled=self.cancelled,
@@ -240,8 +276,8 @@ class _Run:
         dense = self.evaluator([Query(self.made.space.dense, "full")])
         self.front.add(dense)
 
-    def _best_so_far(self, rung: Fidelity = "full") -> str:
-        inside = [e for e in self.front.evaluations(rung) if self._cheap_enough(e)]
+    def _best_so_far(self, rung: Fidelity = "full", front: ParetoFront | None = None) -> str:
+        inside = [e for e in (front or self.front).evaluations(rung) if self._cheap_enough(e)]
         if not inside:
             return "no plan holds every budget yet"
         return f"best drop {inside[0].values['accuracy_drop']:.2f} points at {_short(inside[0], self.front)}"
@@ -276,8 +312,9 @@ class _Run:
         return found
 
     def _limit(self) -> int:
-        """Evaluations to spend: what was asked for, or what a search by the clock has made."""
-        return self.request.evaluations or (self.searched if self.request.minutes else DEFAULT_EVALUATIONS)
+        """Evaluations to spend: what was asked for, or what a search by the clock or a race has made."""
+        made = self.searched if self.request.minutes or self.request.race else DEFAULT_EVALUATIONS
+        return made if self.request.race else self.request.evaluations or made
 
     def _chosen(self) -> list[Evaluation]:
         """Refitted plans to be timed: the best under the limits on costs, and a spread over the whole front."""
@@ -334,7 +371,7 @@ class _Run:
                 check_feasible(self.made.space, self.made.costs, tight)
             except InfeasibleBudget:
                 return deliveries
-            self._search(tight)
+            self._search(self.field[0], tight)
         known = {d.evaluation.plan for d in deliveries}
         inside = [
             e
@@ -412,7 +449,7 @@ class _Run:
                 self.made,
                 self.out / "model.onnx",
                 self.request,
-                replay_command(self.request, self.out, self.searched),
+                replay_command(self.request, self.out, self.searched, self.race),
                 self.start.hash,
                 lambda: self.stages.at("verify"),
             )
@@ -430,6 +467,7 @@ class _Run:
             self.searched,
             self.notes + ([f"What this job measured is not all kept for others: {refusal}"] if refusal else []),
             LedgerRow(hash=self.start.hash, entries=len(self.start.entries)),
+            self.race,
         )
         write_text(self.out / "result.json", result.model_dump_json(indent=1))
         return result
@@ -517,7 +555,7 @@ def export(
     plan = run.made.space.plan_from_json(point.levels)
     evaluation = Evaluation(plan, point.fidelity, point.values, point.costs, point.violation)
     again = shlex.join(["autocompress", "export", str(folder), "--pick", point.id, "--out", str(path)])
-    replay = f"{replay_command(request, folder, result.evaluations)} && {again}"
+    replay = f"{replay_command(request, folder, result.evaluations, result.race)} && {again}"
     with stages.at("export", point.id):
         ledger = result.ledger.hash if result.ledger else Start().hash
         delivered = certified(

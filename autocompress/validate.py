@@ -47,6 +47,7 @@ def make_request(fields: Mapping[str, Any]) -> Request:
     start = _start(request)
     texts = tuple(str(budget) for budget in budgets)
     update = {
+        "controller": "".join(request.controller.split()),
         "budgets": texts,
         "data": folders,
         "profiles": profiles,
@@ -116,9 +117,13 @@ def workers_of(given: str | int | None) -> str | int | None:
 
 
 def _names(request: Request) -> None:
-    from autocompress.search import CONTROLLERS
+    from autocompress.search import racers
 
-    CONTROLLERS[request.controller]  # an unknown one raises
+    field = racers(request.controller, request.race)
+    if field[0].evaluations is not None and (request.evaluations or request.minutes):
+        raise UsageError(
+            f"Each controller of {request.controller!r} has its own number of evaluations; leave out --evaluations and --minutes."
+        )
     if not request.methods:
         raise UsageError(f"--methods names at least one family out of {', '.join(METHOD_FAMILIES)}.")
     for name in request.methods:

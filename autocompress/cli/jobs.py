@@ -44,6 +44,7 @@ def submit(
     task: o.TaskSpec,
     budget: o.Budgets,
     controller: o.Controller = "evolution",
+    race: o.Race = False,
     evaluations: o.Evaluations = None,
     minutes: o.Minutes = None,
     warm: o.Warm = False,

@@ -33,7 +33,16 @@ Data = Annotated[
     typer.Option("--data", metavar="DIR", help="A folder with data sets, beside AUTOCOMPRESS_DATA; repeatable."),
 ]
 Controller = Annotated[
-    str, typer.Option("--controller", help="The search algorithm: evolution, exact, random or uniform.")
+    str,
+    typer.Option(
+        "--controller", help="The search algorithm: evolution, exact, random or uniform; with --race several."
+    ),
+]
+Race = Annotated[
+    bool,
+    typer.Option(
+        "--race", help="Let the controllers a,b,c search one after the other, each with as much, and compare."
+    ),
 ]
 Evaluations = Annotated[
     int | None, typer.Option("--evaluations", help="Stop the search after so many evaluations; repeats exactly.")
