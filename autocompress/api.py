@@ -145,19 +145,28 @@ def run(
     A missed budget leaves its results and its picture in ``out``, too, before ``BudgetUnmet`` is raised.
     """
     from autocompress import pipeline
-    from autocompress.dashboard.picture import write_front_png
-    from autocompress.service.store import JobStore
+    from autocompress.service.store import JobStore, shared_ledger
 
     make_folder(out)
     with JobStore(out / "ledger.sqlite") as store:
         ledger = store.ledger(request.hash)
         try:
-            result = pipeline.compress(request, out, task=task, ledger=ledger, progress=progress, cancelled=cancelled)
+            result = pipeline.compress(
+                request, out, task=task, ledger=ledger, shared=shared_ledger, progress=progress, cancelled=cancelled
+            )
         except BudgetUnmet:
-            write_front_png(read_result(out), out / "front.png")
+            _draw(read_result(out), out)
             raise
-    write_front_png(result, out / "front.png")
+    _draw(result, out)
     return Result(out, result, task)
+
+
+def _draw(result: JobResult, out: Path) -> None:
+    from autocompress.dashboard.picture import write_front_png, write_race_png
+
+    write_front_png(result, out / "front.png")
+    if result.race:
+        write_race_png(result, out / "race.png")
 
 
 def compress(
@@ -179,7 +188,7 @@ def compress(
     ``budgets``: upper limits such as ``"latency_ms<=50%@local"``, ``"size_mb<=3"``, ``"accuracy_drop<=1.0"`` (points).
     ``out``: folder for the files (default ``runs/<task>-<hash>``); calling again with the same arguments continues there.
     ``options``: further fields of :class:`~autocompress.Request`: ``methods``, ``importance``, ``profiles``,
-    ``recover_minutes``, ``batch``, ``threads``, ``workers``.
+    ``recover_minutes``, ``batch``, ``threads``, ``workers``, ``warm``, ``warm_from``, ``race``.
 
     Raises ``InfeasibleBudget`` or ``BudgetUnmet`` when the budgets cannot be, or are not, met, and the other classes of
     :mod:`autocompress.errors` for what cannot be used as given.

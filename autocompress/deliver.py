@@ -24,11 +24,13 @@ from autocompress.hwprofiles import compare, measure_ms
 from autocompress.models import Models
 from autocompress.onnx_file import parity
 from autocompress.prepare import EXAMPLES, Prepared
-from autocompress.results import METHOD_FAMILIES, JobResult, Point, Request
+from autocompress.results import METHOD_FAMILIES, JobResult, Point, RaceEntry, Request
 from autocompress.types import FIDELITIES, METRICS, Budget, Evaluation, cost_key, digest
 from autocompress.verify import Certificate, certify, quality
 
 LOCAL = cost_key("latency_ms", "local")
+LEDGER_START = "ledger_start.json"
+"""Where a folder keeps what its job started from, when that was not an empty ledger."""
 SECONDS_A_MODEL = 2.0
 COMPARE_SECONDS = 10.0
 
@@ -160,9 +162,10 @@ def certified(
     path: Path,
     request: Request,
     replay: str,
+    ledger: str,
     verifying: Callable[[], AbstractContextManager[Any]],
 ) -> Certificate:
-    """Export one plan, prove it and write its certificate beside it."""
+    """Export one plan, prove it and write its certificate beside it; ``ledger``: hash of the one the search started from."""
     task = made.task
     examples = task.inputs(task.calibration.take(EXAMPLES))
     model = models.deployed(evaluation.plan, evaluation.fidelity)
@@ -185,6 +188,7 @@ def certified(
                 "task": task.hash,
                 "database": made.database.key,
                 "space": made.space.hash,
+                "ledger": ledger,
                 **{f"profile {name}": profile.hash for name, profile in made.profiles.items()},
             },
             replay=replay,
@@ -213,18 +217,30 @@ def expected_layers(made: Prepared, evaluation: Evaluation) -> dict[str, int]:
     return count
 
 
-def replay_command(request: Request, out: Path, evaluations: int) -> str:
+def replay_command(request: Request, out: Path, evaluations: int, race: Sequence[RaceEntry] = ()) -> str:
     """The command that makes the same files again, with the measured profile and the resolved choices given.
 
-    ``evaluations``: how many a search by the clock has made.
+    ``evaluations``: how many a search by the clock has made; ``race``: how many each controller has, where they raced.
     """
     words = ["autocompress", "compress", request.task]
     for folder in request.data:
         words += ["--data", folder]
     for budget in request.budgets:
         words += ["--budget", budget]
-    words += ["--controller", request.controller, "--seed", str(request.seed), "--importance", request.importance]
-    count = request.evaluations if request.minutes is None else evaluations  # a clock does not repeat, a count does
+    controller, count = request.controller, request.evaluations
+    if request.minutes is not None and race:  # a clock does not repeat, a count does
+        controller = ",".join(f"{entry.controller}:{max(1, entry.evaluations)}" for entry in race)
+    elif request.minutes is not None:
+        count = evaluations
+    words += [
+        "--controller",
+        controller,
+        *(["--race"] if request.race else []),
+        "--seed",
+        str(request.seed),
+        "--importance",
+        request.importance,
+    ]
     if count is not None:
         words += ["--evaluations", str(count)]
     if request.methods != METHOD_FAMILIES:
@@ -235,6 +251,8 @@ def replay_command(request: Request, out: Path, evaluations: int) -> str:
     for name, file in profiles.items():
         words += ["--profile", f"{name}={file}"]
     words += ["--recover-steps", str(request.recover_steps or 0)]
+    if request.warm or request.warm_from:
+        words += ["--warm-from", str(out / LEDGER_START)]
     if request.batch != 1:
         words += ["--batch", str(request.batch)]
     if request.threads:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,26 +22,14 @@ from autocompress.deploy import deploy
 from autocompress.errors import UsageError
 from autocompress.finish import finish
 from autocompress.fitness import LAYOUT, Teacher, fitness, forward, images_last, slice_of, weights_last
+from autocompress.ledger import NoLedger
 from autocompress.stitched import Stitched
 from autocompress.tasks import Split
-from autocompress.types import METRICS, Budget, Evaluation, Fidelity, Ledger, Plan, Query, digest
+from autocompress.types import FIDELITIES, METRICS, Budget, Evaluation, Fidelity, Ledger, Plan, Query, digest
 
 VALUES = ("loss", "metric", "accuracy_drop")
 Measured = dict[str, float | None]
 """``VALUES`` and ``seconds``; ``None`` where a value is not a number."""
-
-
-class NoLedger:
-    """Remembers nothing beyond this process."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, dict[str, Any]] = {}
-
-    def get(self, key: str) -> dict[str, Any] | None:
-        return self._kept.get(key)
-
-    def put(self, key: str, value: Any) -> None:
-        self._kept[key] = dict(value)
 
 
 class Measurer:
@@ -68,13 +56,13 @@ class Measurer:
         self._reference: Tensor | None = None
 
     def __call__(self, plan: Plan, fidelity: Fidelity) -> Measured:
-        """The values of a plan at a rung, and the seconds it took."""
-        start = time.perf_counter()
-        loss, score, original = self._original().judge(self._outputs(plan, fidelity))
+        """The values of a plan at a rung, and the processor seconds it took (not those of the original's outputs)."""
+        teacher, start = self._original(), time.process_time()
+        loss, score, original = teacher.judge(self._outputs(plan, fidelity))
         drop = round(self.task.drop_of(original - score), 9)  # 3 of 300 are 1 point, no more
         found = {"loss": loss, "metric": self.task.metric_of(score), "accuracy_drop": drop}
         values = {name: value if math.isfinite(value) else None for name, value in found.items()}
-        return {**values, "seconds": time.perf_counter() - start}
+        return {**values, "seconds": time.process_time() - start}
 
     def reference(self) -> Tensor:
         """The original's outputs on the search split, computed once."""
@@ -127,7 +115,8 @@ class ModelEvaluator:
     """Judges plans of one database; ``budgets`` are absolute.
 
     ``measurer``: what runs models here; ``workers``: who else does. ``recovery_key()`` is what else decides the rung
-    ``recovered``. ``counts`` has evaluations by rung that ran a model (cached ones left out), ``seconds`` their time.
+    ``recovered``. ``counts`` has evaluations by rung that ran a model (cached ones left out), ``seconds`` their processor time.
+    ``model`` is the key of all that decides an evaluation but the plan and its rung.
     """
 
     def __init__(
@@ -147,7 +136,7 @@ class ModelEvaluator:
         self.workers: Workers | None = None
         self.counts: dict[Fidelity, int] = {}
         self.seconds: dict[Fidelity, float] = {}
-        self._key = digest([database.key, self.measurer.slice, self.measurer.batch, LAYOUT, threads])
+        self.model = digest([database.key, self.measurer.slice, self.measurer.batch, LAYOUT, threads])
         self.recovery_key = recovery_key
 
     def __call__(self, queries: Sequence[Query]) -> list[Evaluation]:
@@ -158,14 +147,39 @@ class ModelEvaluator:
         names = list(missing)
         for index, values in self._measured(list(missing.values())):
             self._count(missing[names[index]].fidelity, float(values["seconds"] or 0.0))
-            self.ledger.put(names[index], values)
-            known[names[index]] = values
+            self.ledger.put(names[index], {**values, **self._asked(missing[names[index]])})
+            known[names[index]] = dict(values)
         fresh = set(names)
         found = []
         for key, query in zip(keys, queries, strict=True):
             found.append(self._evaluation(query, known[key] if key else None, key not in fresh))
             fresh.discard(key or "")
         return found
+
+    def known(self, entries: Iterable[tuple[str, Mapping[str, Any]]] | None = None) -> list[Evaluation]:
+        """All evaluations of the ledger (or among ``entries``) that this evaluator would answer from it, by rung and plan.
+
+        Costs and violations are today's. What was measured on other data or with other threads is left out, as are plans
+        that this space does not have, and distilled ones with another recovery.
+        """
+        found = []
+        for key, entry in self.ledger.items() if entries is None else entries:
+            query = self._query(entry)
+            if query is not None and self.key(query.plan, query.fidelity) == key:
+                found.append(self._evaluation(query, entry, True))
+        return sorted(found, key=lambda e: (FIDELITIES.index(e.fidelity), e.plan))
+
+    def _asked(self, query: Query) -> dict[str, Any]:
+        return {"plan": self.database.space.plan_to_json(query.plan), "fidelity": query.fidelity}
+
+    def _query(self, entry: Mapping[str, Any]) -> Query | None:
+        """What an entry answers, or ``None`` where it does not say so or this space lacks it."""
+        if "plan" not in entry or entry.get("fidelity") not in FIDELITIES:
+            return None
+        try:
+            return Query(self.database.space.plan_from_json(entry["plan"]), entry["fidelity"])
+        except UsageError:
+            return None
 
     @property
     def width(self) -> int:
@@ -174,7 +188,7 @@ class ModelEvaluator:
 
     def key(self, plan: Plan, fidelity: Fidelity) -> str:
         """The ledger's key of a plan at a rung."""
-        base = digest([self._key, self.recovery_key()]) if fidelity == "recovered" else self._key
+        base = digest([self.model, self.recovery_key()]) if fidelity == "recovered" else self.model
         return digest([base, self.database.space.plan_to_json(plan), fidelity])
 
     def _measured(self, queries: list[Query]) -> Iterator[tuple[int, Measured]]:
@@ -191,7 +205,7 @@ class ModelEvaluator:
         self.counts[fidelity] = self.counts.get(fidelity, 0) + 1
         self.seconds[fidelity] = self.seconds.get(fidelity, 0.0) + seconds
 
-    def _evaluation(self, query: Query, known: dict[str, Any] | None, cached: bool) -> Evaluation:
+    def _evaluation(self, query: Query, known: Mapping[str, Any] | None, cached: bool) -> Evaluation:
         costs = self.costs.in_units(query.plan)
         if known is None:
             return Evaluation(query.plan, query.fidelity, {}, costs, self.violation(costs, {}))

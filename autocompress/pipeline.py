@@ -7,29 +7,31 @@ and distilled models and the state of the clock-dependent choices are on disk, s
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from autocompress.deliver import LOCAL, Delivery, certified, choose, replay_command, timed
+from autocompress.deliver import LEDGER_START, LOCAL, Delivery, certified, choose, replay_command, timed
 from autocompress.errors import BudgetUnmet, Cancelled, InfeasibleBudget, StoreError, UsageError, VerificationError
 from autocompress.evaluate import ModelEvaluator
 from autocompress.files import make_folder, write_json, write_text
+from autocompress.ledger import JobLedger, NoLedger, Shared, Start, started
 from autocompress.models import Models
 from autocompress.prepare import Prepared, prepare, recovery_of
 from autocompress.report import make_result
-from autocompress.results import JobResult, Progress, Request, Stage
-from autocompress.search import CONTROLLERS, ParetoFront, Polish, check_feasible
+from autocompress.results import JobResult, LedgerRow, Progress, RaceEntry, Request, Stage
+from autocompress.search import CONTROLLERS, ParetoFront, Polish, Racer, check_feasible, racers, run_race
 from autocompress.search import run as run_search
 from autocompress.tasks import Task
-from autocompress.types import METRICS, Budget, Evaluation, Fidelity, Ledger, Objective, Plan, Query
+from autocompress.types import METRICS, Budget, Controller, Evaluation, Fidelity, Ledger, Objective, Plan, Query
 from autocompress.verify import BudgetCheck, Certificate, certificate_of
 from autocompress.workers import LocalWorkers, Opening, RayWorkers, workers_of
 
@@ -49,6 +51,8 @@ REACH = 3.0
 """A quality budget that is missed by so many points (or times its limit) may come within reach by distillation."""
 POLISH_SHARE = 12
 """One evaluation in so many is spent again after refit, climbing from the best plans."""
+SEARCHED: tuple[Fidelity, ...] = ("slice", "full")
+"""Rungs of the search; what is known there from earlier jobs belongs to the front."""
 RUNGS: tuple[Fidelity, ...] = ("slice", "full", "refitted")
 SLOWER = 1.03
 """A file that takes this much longer than the original, timed in the same rounds, is slower."""
@@ -93,13 +97,15 @@ def compress(
     *,
     task: Task | None = None,
     ledger: Ledger | None = None,
+    shared: Shared | None = None,
     progress: Callable[[Progress], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> JobResult:
     """Run a request in the folder ``out``: request.json, result.json, model.onnx and certificate.json come to lie there.
 
-    ``task``: a task object instead of the request's spec. Raises :class:`InfeasibleBudget` before the search where that can
-    be known, :class:`BudgetUnmet` after everything is written when the measured plan misses a budget, :class:`Cancelled`
+    ``task``: a task object instead of the request's spec. ``ledger``: the job's own; ``shared``: opens the one that all jobs on
+    a model fill, which is read only where the request says ``warm``. Raises :class:`InfeasibleBudget` before the search where
+    that can be known, :class:`BudgetUnmet` after everything is written when the measured plan misses a budget, :class:`Cancelled`
     when stopped; every evaluation is kept then.
     """
     if task is not None and request.workers is not None:
@@ -111,7 +117,7 @@ def compress(
     _refuse_foreign(request, out)
     stages = _Stages(progress, out / "seconds.json")
     torch.set_num_threads(request.threads or len(os.sched_getaffinity(0)))
-    run = _Run(request, out, task, ledger, stages, cancelled)
+    run = _Run(request, out, task, ledger, stages, cancelled, shared)
     try:
         return run.go()
     except KeyboardInterrupt:
@@ -142,9 +148,15 @@ class _Run:
         ledger: Ledger | None,
         stages: _Stages,
         cancelled: Callable[[], bool] | None,
+        shared: Shared | None = None,
     ) -> None:
         self.request, self.out, self.stages, self.cancelled = request, out, stages, cancelled
-        self.given_task, self.ledger = task, ledger
+        self.field = racers(request.controller, request.race)
+        self.race: tuple[RaceEntry, ...] = ()
+        self.given_task, self.own, self.shared = task, NoLedger() if ledger is None else ledger, shared
+        self.start = Start()
+        self.known: list[Evaluation] = []
+        self.open = ExitStack()
         self.notes: list[str] = []
         self.round = ""
         self.searched = 0
@@ -152,14 +164,19 @@ class _Run:
 
     def close(self) -> None:
         """End what runs beside this process."""
+        self.open.close()
         if self.workers is not None:
             self.workers.close()
 
     def go(self) -> JobResult:
         self._prepare()
+        self._begin()
         with self.stages.at("search", self.request.controller):
             check_feasible(self.made.space, self.made.costs, self.budgets)
-            self._search(self.budgets)
+            if self.request.race:
+                self._race()
+            else:
+                self._search(self.field[0], self.budgets)
         self._refit()
         deliveries = self._timed(self._chosen())
         if sum(self._holds(d) for d in deliveries) < RECOVERED:
@@ -179,7 +196,7 @@ class _Run:
         self.request = self.request.model_copy(update={"recover_steps": recovery.steps if recovery else 0})
         write_text(self.out / "request.json", self.request.model_dump_json(indent=1))
         self.evaluator = ModelEvaluator(
-            made.database, made.costs, self.budgets, self.ledger, threads=torch.get_num_threads()
+            made.database, made.costs, self.budgets, self.own, threads=torch.get_num_threads()
         )
         self.models = Models(
             made.database,
@@ -196,14 +213,61 @@ class _Run:
         cost = next((b.key for b in self.budgets if not METRICS[b.metric].quality), LOCAL)
         self.front = ParetoFront([Objective("loss"), Objective(cost)])
 
-    def _search(self, budgets: Sequence[Budget]) -> None:
-        controller = CONTROLLERS[self.request.controller](self.made.space, self.made.costs, budgets, self.request.seed)
-        outcome = run_search(
-            controller,
+    def _begin(self) -> None:
+        """Open the ledgers; the start is decided once and kept in the folder."""
+        path, model = self.out / LEDGER_START, self.evaluator.model
+        shared: Ledger | None = None
+        try:
+            shared = self.open.enter_context(self.shared(model)) if self.shared is not None else None
+        except StoreError as error:
+            if self.request.warm and not path.exists():
+                raise
+            self.notes.append(f"What this job measures is not kept for others: {error}")
+        if self.request.warm or self.request.warm_from:
+            given = Path(self.request.warm_from) if self.request.warm_from else None
+            self.start = started(path, model, given, shared)
+            self.notes.append(self.start.sentence)
+        self.ledger = self.evaluator.ledger = JobLedger(self.own, self.start, shared)
+        self.known = self.evaluator.known(self.start.entries.items())
+        self.front.add(e for e in self.known if e.fidelity in SEARCHED)
+
+    def _race(self) -> None:
+        """Every controller searches as if alone; what they judged is one front."""
+        dense = self._judge([self.made.space.dense], "full")[0]
+        tick = self.stages.tick
+        self.race = run_race(
+            self.field,
+            lambda name: self._controller(name, self.budgets),
             self.evaluator,
             self.front,
-            evaluations=None if self.request.minutes else self._limit(),
+            reference=(dense.values["loss"] + 1.0, dense[self.front.objectives[-1].key]),
+            path=self.out / "race.json",
+            known=[e for e in self.known if e.fidelity in SEARCHED],
+            evaluations=None if self.request.minutes else self.request.evaluations or DEFAULT_EVALUATIONS,
             minutes=self.request.minutes,
+            batch=max(BATCH, 2 * self.evaluator.width),
+            on_progress=lambda name, own, n, total: tick(n, total, f"{name}: {self._best_so_far('full', own)}"),
+            cancelled=self.cancelled,
+        )
+        self.searched = sum(entry.evaluations for entry in self.race)
+        winner = min(self.race, key=lambda e: e.end.loss if self.limited and e.end.loss is not None else math.inf)
+        if not self.limited:  # then the best loss is that of a plan that saves nothing
+            winner = max(self.race, key=lambda e: e.end.hypervolume)
+        self.field = (Racer(winner.controller, max(1, winner.evaluations)),)  # if there is a search once more
+
+    def _controller(self, name: str, budgets: Sequence[Budget]) -> Controller:
+        controller = CONTROLLERS[name](self.made.space, self.made.costs, budgets, self.request.seed)
+        controller.learn(self.known)
+        return controller
+
+    def _search(self, racer: Racer, budgets: Sequence[Budget]) -> None:
+        minutes = None if racer.evaluations else self.request.minutes
+        outcome = run_search(
+            self._controller(racer.name, budgets),
+            self.evaluator,
+            self.front,
+            evaluations=racer.evaluations or (None if minutes else self._limit()),
+            minutes=minutes,
             batch=max(BATCH, 2 * self.evaluator.width),
             on_progress=lambda done, total: self.stages.tick(done, total, self._best_so_far()),
             cancelled=self.cancelled,
@@ -212,8 +276,8 @@ class _Run:
         dense = self.evaluator([Query(self.made.space.dense, "full")])
         self.front.add(dense)
 
-    def _best_so_far(self, rung: Fidelity = "full") -> str:
-        inside = [e for e in self.front.evaluations(rung) if self._cheap_enough(e)]
+    def _best_so_far(self, rung: Fidelity = "full", front: ParetoFront | None = None) -> str:
+        inside = [e for e in (front or self.front).evaluations(rung) if self._cheap_enough(e)]
         if not inside:
             return "no plan holds every budget yet"
         return f"best drop {inside[0].values['accuracy_drop']:.2f} points at {_short(inside[0], self.front)}"
@@ -248,8 +312,9 @@ class _Run:
         return found
 
     def _limit(self) -> int:
-        """Evaluations to spend: what was asked for, or what a search by the clock has made."""
-        return self.request.evaluations or (self.searched if self.request.minutes else DEFAULT_EVALUATIONS)
+        """Evaluations to spend: what was asked for, or what a search by the clock or a race has made."""
+        made = self.searched if self.request.minutes or self.request.race else DEFAULT_EVALUATIONS
+        return made if self.request.race else self.request.evaluations or made
 
     def _chosen(self) -> list[Evaluation]:
         """Refitted plans to be timed: the best under the limits on costs, and a spread over the whole front."""
@@ -306,7 +371,7 @@ class _Run:
                 check_feasible(self.made.space, self.made.costs, tight)
             except InfeasibleBudget:
                 return deliveries
-            self._search(tight)
+            self._search(self.field[0], tight)
         known = {d.evaluation.plan for d in deliveries}
         inside = [
             e
@@ -384,11 +449,13 @@ class _Run:
                 self.made,
                 self.out / "model.onnx",
                 self.request,
-                replay_command(self.request, self.out, self.searched),
+                replay_command(self.request, self.out, self.searched, self.race),
+                self.start.hash,
                 lambda: self.stages.at("verify"),
             )
 
     def _write(self, deliveries: list[Delivery], best: Delivery | None) -> JobResult:
+        refusal = self.ledger.refusal
         result = make_result(
             self.request,
             self.made,
@@ -398,7 +465,9 @@ class _Run:
             self.budgets,
             self.stages.seconds,
             self.searched,
-            self.notes,
+            self.notes + ([f"What this job measured is not all kept for others: {refusal}"] if refusal else []),
+            LedgerRow(hash=self.start.hash, entries=len(self.start.entries)),
+            self.race,
         )
         write_text(self.out / "result.json", result.model_dump_json(indent=1))
         return result
@@ -486,9 +555,12 @@ def export(
     plan = run.made.space.plan_from_json(point.levels)
     evaluation = Evaluation(plan, point.fidelity, point.values, point.costs, point.violation)
     again = shlex.join(["autocompress", "export", str(folder), "--pick", point.id, "--out", str(path)])
-    replay = f"{replay_command(request, folder, result.evaluations)} && {again}"
+    replay = f"{replay_command(request, folder, result.evaluations, result.race)} && {again}"
     with stages.at("export", point.id):
-        delivered = certified(evaluation, run.models, run.made, path, request, replay, lambda: stages.at("verify"))
+        ledger = result.ledger.hash if result.ledger else Start().hash
+        delivered = certified(
+            evaluation, run.models, run.made, path, request, replay, ledger, lambda: stages.at("verify")
+        )
     return {
         "onnx": str(path),
         "certificate": str(certificate_of(path)),

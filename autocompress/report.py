@@ -8,7 +8,7 @@ import numpy as np
 
 from autocompress.deliver import Delivery
 from autocompress.prepare import Prepared
-from autocompress.results import BudgetRow, JobResult, OpRow, Point, Request, SiteRow
+from autocompress.results import BudgetRow, JobResult, LedgerRow, OpRow, Point, RaceEntry, Request, SiteRow
 from autocompress.search import ParetoFront
 from autocompress.search.front import non_dominated
 from autocompress.types import METRICS, Budget, Evaluation, Plan, digest
@@ -26,6 +26,8 @@ def make_result(
     seconds: Mapping[str, float],
     evaluations: int,
     notes: Sequence[str],
+    ledger: LedgerRow,
+    race: Sequence[RaceEntry],
 ) -> JobResult:
     """All judged plans of the upper rungs as points; those that could be handed out and that nothing beats are the front."""
     space = made.space
@@ -64,6 +66,8 @@ def make_result(
             for name, p in made.profiles.items()
         },
         notes=tuple(notes),
+        ledger=ledger,
+        race=tuple(race),
         request=request,
     )
 

@@ -33,6 +33,13 @@ class Request(_Record):
     data: tuple[str, ...] = ()
     budgets: tuple[str, ...]
     controller: str = "evolution"
+    """One name; with ``race`` several, joined by commas, each perhaps with its own number of evaluations: ``exact:87``."""
+    race: bool = False
+    """Whether several controllers search one after the other, each with ``evaluations`` or ``minutes``."""
+    warm: bool = False
+    """Whether to start from all that earlier jobs have judged on the same model, instead of from an empty ledger."""
+    warm_from: str | None = None
+    """A job's ``ledger_start.json``: to start from exactly what that job started from. A replay gives it."""
     evaluations: int | None = None
     minutes: float | None = None
     seed: int = 0
@@ -56,7 +63,10 @@ class Request(_Record):
 
     @property
     def hash(self) -> str:
-        return digest(self.model_dump(mode="json", exclude={"workers"}))
+        unsaid = {
+            name for name in ("race", "warm", "warm_from") if not getattr(self, name)
+        }  # as before there were these fields
+        return digest(self.model_dump(mode="json", exclude={"workers", *unsaid}))
 
 
 class Progress(_Record):
@@ -112,6 +122,44 @@ class Point(_Record):
     ops: tuple[OpRow, ...] = ()
 
 
+class LedgerRow(_Record):
+    """The ledger a job started from: its hash, and how many evaluations of earlier jobs it holds."""
+
+    hash: str
+    entries: int
+
+
+class RaceMark(_Record):
+    """Where a controller stood when its best loss fell, or at its end."""
+
+    evaluations: int
+    """Answers so far, at every rung and from the ledger too."""
+    seconds: float
+    """Processor seconds so far: what its answers cost when they were paid, and what it thought itself."""
+    loss: float | None
+    """The best loss at the rung ``full`` that holds every budget; ``None`` while there is none."""
+    hypervolume: float
+    """Share of the box between the original (its cost, its loss and 1 more) and zero cost that its own front covers."""
+
+
+class RaceEntry(_Record):
+    """One controller of a race; ``own_seconds``: what it thought itself; ``history`` ends where it ended."""
+
+    controller: str
+    evaluations: int
+    own_seconds: float
+    history: tuple[RaceMark, ...]
+
+    @property
+    def end(self) -> RaceMark:
+        return self.history[-1]
+
+    @property
+    def found(self) -> RaceMark:
+        """Where it first had its best loss."""
+        return next(mark for mark in self.history if mark.loss == self.end.loss)
+
+
 class JobResult(_Record):
     """The outcome of a compress job; ``points`` holds every rung's evaluations of interest, the front's among them."""
 
@@ -133,6 +181,9 @@ class JobResult(_Record):
     devices: dict[str, dict[str, Any]] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
     """Sentences a person must read: refused layers, missed budgets, plans that are smaller but not faster."""
+    ledger: LedgerRow | None = None
+    race: tuple[RaceEntry, ...] = ()
+    """The controllers that raced, in the order they were named."""
     request: Request | None = None
 
     def point(self, point_id: str) -> Point:

@@ -10,7 +10,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -419,7 +419,7 @@ class Evaluation:
     ``values``: ``loss`` (the fitness, lower is better: KL to the original's outputs in nats, or the task's loss),
     ``metric`` (the task's metric on the search split) and ``accuracy_drop`` in points. ``costs``: by
     :func:`cost_key`, in the metrics' units. ``violation``: sum over budgets, 0 when all hold.
-    ``cached`` tells that it was answered from the ledger.
+    ``seconds``: processor time that measuring took when it was paid; ``cached`` tells that it was answered from the ledger.
     """
 
     plan: Plan
@@ -461,6 +461,10 @@ class Controller(Protocol):
         """The answers to the last :meth:`ask`, in its order."""
         ...
 
+    def learn(self, known: Sequence[Evaluation]) -> None:
+        """What earlier searches on the same model have judged; before the first :meth:`ask`."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on in another process, as JSON values."""
         ...
@@ -475,3 +479,5 @@ class Ledger(Protocol):
     def get(self, key: str) -> dict[str, Any] | None: ...
 
     def put(self, key: str, value: Mapping[str, Any]) -> None: ...
+
+    def items(self) -> Iterable[tuple[str, dict[str, Any]]]: ...

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import ValidationError
 
 from autocompress.errors import UnknownName, UsageError
+from autocompress.ledger import Start
 from autocompress.results import METHOD_FAMILIES, Request
 from autocompress.types import METRICS, Budget
 
@@ -43,8 +44,16 @@ def make_request(fields: Mapping[str, Any]) -> Request:
     folders = folders_of(request.data)
     profiles = _profiles(request.profiles, budgets, request.batch)
     _devices(budgets, profiles, request.batch)
+    start = _start(request)
     texts = tuple(str(budget) for budget in budgets)
-    update = {"budgets": texts, "data": folders, "profiles": profiles, "workers": workers_of(request.workers)}
+    update = {
+        "controller": "".join(request.controller.split()),
+        "budgets": texts,
+        "data": folders,
+        "profiles": profiles,
+        "workers": workers_of(request.workers),
+        "warm_from": start,
+    }
     return request.model_copy(update={"task": _task(request.task), **update})
 
 
@@ -80,6 +89,18 @@ def _numbers(request: Request) -> None:
         raise UsageError(f"--minutes is more than 0, got {request.minutes:g}.")
 
 
+def _start(request: Request) -> str | None:
+    """The absolute path of the ledger to start from; a damaged one raises."""
+    if request.warm_from is None:
+        return None
+    if request.warm:
+        raise UsageError("A search starts from one ledger: --warm or --warm-from, not both; leave one out.")
+    if not Path(request.warm_from).is_file():
+        raise UsageError(f"--warm-from takes the ledger_start.json of a job with --warm, got {request.warm_from!r}.")
+    Start.load(Path(request.warm_from))
+    return str(Path(request.warm_from).resolve())
+
+
 def workers_of(given: str | int | None) -> str | int | None:
     """A number of processes, ``ray`` or an address, in its normal form."""
     if given is None:
@@ -96,9 +117,13 @@ def workers_of(given: str | int | None) -> str | int | None:
 
 
 def _names(request: Request) -> None:
-    from autocompress.search import CONTROLLERS
+    from autocompress.search import racers
 
-    CONTROLLERS[request.controller]  # an unknown one raises
+    field = racers(request.controller, request.race)
+    if field[0].evaluations is not None and (request.evaluations or request.minutes):
+        raise UsageError(
+            f"Each controller of {request.controller!r} has its own number of evaluations; leave out --evaluations and --minutes."
+        )
     if not request.methods:
         raise UsageError(f"--methods names at least one family out of {', '.join(METHOD_FAMILIES)}.")
     for name in request.methods:

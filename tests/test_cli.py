@@ -140,6 +140,28 @@ def test_version() -> None:
         (["digits", "--budget", "size_mb<=3", "--evaluations", "many"], "--evaluations"),
         (["digits", "--budget", "size_mb<=3", "--evaluations", "9", "--minutes", "1"], "not by both"),
         (["digits", "--budget", "size_mb<=3", "--minutes", "nan"], "--minutes is more than 0"),
+        (
+            ["digits", "--budget", "size_mb<=3", "--warm-from", "/no/ledger.json"],
+            "takes the ledger_start.json of a job",
+        ),
+        (["digits", "--budget", "size_mb<=3", "--warm-from", str(ROOT / "LICENSE")], "is damaged, or is no ledger"),
+        (["digits", "--budget", "size_mb<=3", "--warm", "--warm-from", "x"], "--warm or --warm-from, not both"),
+        (
+            ["digits", "--budget", "size_mb<=3", "--controller", "exact,random"],
+            "name one or add --race, got 'exact,random'",
+        ),
+        (["digits", "--budget", "size_mb<=3", "--race"], "A race takes two controllers or more"),
+        (["digits", "--budget", "size_mb<=3", "--race", "--controller", "exact,randm"], "Did you mean 'random'"),
+        (["digits", "--budget", "size_mb<=3", "--race", "--controller", "exact,random,exact"], "got 'exact' 2 times"),
+        (["digits", "--budget", "size_mb<=3", "--race", "--controller", "exact:0,random:3"], "NAME:N with N 1 or more"),
+        (
+            ["digits", "--budget", "size_mb<=3", "--race", "--controller", "exact:9,random"],
+            "own number of evaluations or none",
+        ),
+        (
+            ["digits", "--budget", "size_mb<=3", "--race", "--controller", "exact:9,random:9", "--evaluations", "5"],
+            "leave out --evaluations and --minutes",
+        ),
         (["digits", "--budget", "size_mb<=3", "--batch", "0"], "--batch is 1 or more"),
         (["digits", "--budget", "size_mb<=3", "--data", "/no/such/folder"], "takes a folder that exists"),
         (["digits", "--budget", "latency_ms<=3@nowhere"], "Unknown profile 'nowhere'"),

@@ -111,6 +111,26 @@ def test_quality_budgets_wait_until_quality_is_known(database: LevelDatabase) ->
     assert table.violation == 0.0 and full.violation == pytest.approx(1.0)
 
 
+def test_what_is_known_can_be_listed(database: LevelDatabase) -> None:
+    ledger, space = Counting(), database.space
+    run = evaluator(database, "macs<=90%", ledger=ledger)
+    queries = [Query(plan, rung) for rung in ("refitted", "full", "slice") for plan in (pruned(space), space.dense)]  # type: ignore[arg-type]
+    answers = run([*queries, Query(pruned(space), "table")])
+    evaluator(database, ledger=ledger, threads=2)([Query(space.dense, "full")])
+    ledger.put("another", {"loss": 0.0})  # as versions before kept it
+    ledger.put("wrong", {**ledger._kept[run.key(space.dense, "full")], "plan": {"nowhere": "x"}})
+    known = run.known()
+    assert known == sorted(answers[:6], key=lambda e: (["slice", "full", "refitted"].index(e.fidelity), e.plan))
+    assert all(e.cached for e in known)
+    tight = evaluator(database, "macs<=1%", ledger=ledger).known()
+    assert [e.values for e in tight] == [e.values for e in known] and not any(e.feasible for e in tight)
+    distilled = evaluator(database, recovery_key=lambda: {"steps": 3})
+    key = distilled.key(space.dense, "recovered")
+    entry = {**ledger._kept[run.key(space.dense, "full")], "fidelity": "recovered"}
+    assert [e.fidelity for e in distilled.known([(key, entry)])] == ["recovered"]
+    assert run.known([(key, entry)]) == [], "distilled in another way"
+
+
 def _poison(model: nn.Module) -> None:
     next(p for p in model.parameters() if p.ndim == 4).data.fill_(float("nan"))
 

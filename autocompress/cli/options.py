@@ -33,12 +33,29 @@ Data = Annotated[
     typer.Option("--data", metavar="DIR", help="A folder with data sets, beside AUTOCOMPRESS_DATA; repeatable."),
 ]
 Controller = Annotated[
-    str, typer.Option("--controller", help="The search algorithm: evolution, exact, random or uniform.")
+    str,
+    typer.Option(
+        "--controller", help="The search algorithm: evolution, exact, random or uniform; with --race several."
+    ),
+]
+Race = Annotated[
+    bool,
+    typer.Option(
+        "--race", help="Let the controllers a,b,c search one after the other, each with as much, and compare."
+    ),
 ]
 Evaluations = Annotated[
     int | None, typer.Option("--evaluations", help="Stop the search after so many evaluations; repeats exactly.")
 ]
 Minutes = Annotated[float | None, typer.Option("--minutes", help="Stop the search after so many minutes.")]
+Warm = Annotated[
+    bool,
+    typer.Option("--warm", help="Start from what earlier jobs have judged on the same model; nothing is paid twice."),
+]
+WarmFrom = Annotated[
+    str | None,
+    typer.Option("--warm-from", metavar="FILE", help="Start from another job's ledger_start.json; repeats exactly."),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same front.")]
 Methods = Annotated[str, typer.Option("--methods", help="Families to search, joined by commas.")]
 Importance = Annotated[str, typer.Option("--importance", help=f"How channels are ranked: {', '.join(IMPORTANCES)}.")]

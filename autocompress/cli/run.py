@@ -10,11 +10,11 @@ import typer
 from autocompress.cli import options as o
 from autocompress.cli.console import out, print_json, quiet_stdout, say
 from autocompress.cli.find import find
-from autocompress.cli.tables import StageProgress, front_json, print_front
+from autocompress.cli.tables import StageProgress, front_json, print_front, print_race
 from autocompress.errors import BudgetUnmet, UsageError
 from autocompress.results import JobResult
 
-FILES = ("model.onnx", "certificate.json", "front.png", "result.json")
+FILES = ("model.onnx", "certificate.json", "front.png", "race.png", "result.json")
 
 
 def compress(
@@ -24,8 +24,11 @@ def compress(
         Path | None, typer.Option("--out", metavar="DIR", help="Folder for the results; default: runs/TASK-HASH.")
     ] = None,
     controller: o.Controller = "evolution",
+    race: o.Race = False,
     evaluations: o.Evaluations = None,
     minutes: o.Minutes = None,
+    warm: o.Warm = False,
+    warm_from: o.WarmFrom = None,
     seed: o.Seed = 0,
     methods: o.Methods = o.ALL_METHODS,
     importance: o.Importance = o.DEFAULT_IMPORTANCE,
@@ -83,12 +86,15 @@ def result_json(result: JobResult, folder: Path) -> dict[str, Any]:
         "seconds": result.seconds,
         "notes": list(result.notes),
         "front": front_json(result),
+        "race": [entry.model_dump(mode="json") for entry in result.race],
     }
 
 
 def show_result(result: JobResult, folder: Path) -> None:
     """A finished run for people: the front, what the certificate states, the files."""
     print_front(result)
+    if result.race:
+        print_race(result)
     for note in result.notes:
         out.print(f"• {note}", markup=False)
     spent = sum(result.seconds.values())

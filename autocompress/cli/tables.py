@@ -15,6 +15,7 @@ from rich.table import Column, Table
 
 from autocompress.api import judged_last
 from autocompress.cli.console import err, out, say
+from autocompress.dashboard.tables import race_rows
 from autocompress.results import JobResult, Point, Progress, Stage
 
 STAGE_WORDS: dict[Stage, str] = {
@@ -143,6 +144,20 @@ def print_front(result: JobResult) -> None:
             name + (" *" if is_best else ""), *numbers, holds, point.fidelity, style="bold" if is_best else ""
         )
     out.print(f"{result.task}: {len(rows) - 1} plans on the front{', * exported' if result.best else ''}", markup=False)
+    Console(width=max(out.width, WIDEST), highlight=False).print(table)
+
+
+def print_race(result: JobResult) -> None:
+    """What each controller of a race found, and what it took; the best in bold."""
+    rows = race_rows(result)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for title in rows[0]:
+        table.add_column(title, justify="left" if title == "controller" else "right")
+    losses = [row["best loss"] for row in rows if row["best loss"] is not None]
+    for row in rows:
+        cells = [number(value) if not isinstance(value, str) else value for value in row.values()]
+        table.add_row(*cells, style="bold" if losses and row["best loss"] == min(losses) else "")
+    out.print(f"A race of {len(rows)} controllers; seconds are those of a processor.", markup=False)
     Console(width=max(out.width, WIDEST), highlight=False).print(table)
 
 

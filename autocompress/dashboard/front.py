@@ -37,6 +37,9 @@ MARKS: dict[Role, Mark] = {
 }
 """In drawing order: the last lies on top."""
 
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Colours of lines; their dashes differ, too."""
+
 _TITLES = {
     "loss": "loss",
     "latency_ms": "latency",

@@ -21,8 +21,8 @@ from autocompress.dashboard.front import (
     rungs_of,
     value_of,
 )
-from autocompress.dashboard.plots import front_figure, ops_figure
-from autocompress.dashboard.tables import latency_rows, op_devices, op_rows, plan_title, site_rows
+from autocompress.dashboard.plots import front_figure, ops_figure, race_figure
+from autocompress.dashboard.tables import latency_rows, op_devices, op_rows, plan_title, race_rows, site_rows
 from autocompress.errors import AutoCompressError
 from autocompress.results import JobResult, Point
 from autocompress.service.store import Job, JobStore
@@ -114,6 +114,8 @@ def show(store: JobStore, job: Job) -> None:
     if result is not None:
         _show_notes(result)
         _show_result(store, job, result)
+        if result.race:
+            _show_race(result)
     elif job.state == "succeeded":
         st.json(store.outcome(job.id) or {})
 
@@ -160,6 +162,16 @@ def _show_result(store: JobStore, job: Job, result: JobResult) -> None:
         _show_numbers(result, point)
         _show_export(store, job.id, point.id, is_original=point == result.original)
     _show_layers(result, point)
+
+
+def _show_race(result: JobResult) -> None:
+    st.markdown(
+        "##### The race\n:small[The best loss within the budgets. Seconds are those of a processor: what the answers cost when "
+        "they were paid, and what the controller thought itself.]"
+    )
+    chart, table = st.columns([1.35, 1], gap="medium")
+    chart.plotly_chart(race_figure(result), key="race", config={"displayModeBar": False})
+    table.dataframe(race_rows(result), hide_index=True, height="content")
 
 
 def _controls(result: JobResult) -> tuple[Fidelity, str, str]:

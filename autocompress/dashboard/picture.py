@@ -11,12 +11,13 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter
 
-from autocompress.dashboard.front import MARKS, Front, Role, format_value, front_line, read_front
+from autocompress.dashboard.front import LINES, MARKS, Front, Role, format_value, front_line, read_front
 from autocompress.files import write_atomically
 from autocompress.results import JobResult
 from autocompress.types import Fidelity
 
 _INK, _GREY = "#1F2328", "#6A737D"
+_DASHES = ("-", "--", ":", "-.")
 _HALO = [withStroke(linewidth=3, foreground="white")]
 
 
@@ -28,6 +29,32 @@ def write_front_png(
     Raises ``StoreError`` when the disk refuses.
     """
     figure = _draw(result, read_front(result, x, y, rung))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    return path
+
+
+def write_race_png(result: JobResult, path: Path) -> Path:
+    """Write how the controllers that raced came down, best loss against evaluations and processor time; 1440 x 720 pixels.
+
+    Raises ``StoreError`` when the disk refuses.
+    """
+    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12)
+    figure = Figure(figsize=(9.0, 4.5), dpi=160, facecolor="white", layout=layout)
+    for axes, key in zip(figure.subplots(1, 2, sharey=True), ("evaluations", "seconds"), strict=True):
+        for i, entry in enumerate(result.race):
+            marks = [mark for mark in entry.history if mark.loss is not None]
+            axes.plot(
+                [getattr(mark, key) for mark in marks], [mark.loss for mark in marks], drawstyle="steps-post",
+                color=LINES[i % len(LINES)], linestyle=_DASHES[i % len(_DASHES)], linewidth=1.8, marker="o", markersize=3,
+                label=entry.controller,
+            )  # fmt: skip
+        _soften(axes)
+        axes.set_xlabel({"evaluations": "evaluations", "seconds": "processor time (s)"}[key], fontsize=11, color=_INK)
+    first = figure.axes[0]
+    first.set_ylabel("best loss within the budgets", fontsize=11, color=_INK, labelpad=8)
+    first.set_title(f"{result.task}: a race", loc="left", fontsize=14, fontweight="bold", color=_INK)
+    handles, labels = first.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=6, frameon=False, fontsize=9.5, labelcolor=_INK)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
     return path
 
@@ -68,14 +95,18 @@ def _style(axes: Axes, front: Front) -> None:
     axes.set_ylim(*front.y_range)
     axes.set_xlabel(front.x.title, fontsize=11, color=_INK, labelpad=8)
     axes.set_ylabel(front.y.title, fontsize=11, color=_INK, labelpad=8)
+    _soften(axes)
+    for axis, ticks in ((front.x, axes.xaxis), (front.y, axes.yaxis)):
+        if axis.key in ("macs", "params"):
+            ticks.set_major_formatter(EngFormatter(sep=""))
+
+
+def _soften(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#C8CDD3")
     axes.tick_params(colors=_GREY, labelsize=9.5, length=3)
     axes.grid(color="#EBEDF0", linewidth=0.8)
     axes.set_axisbelow(True)
-    for axis, ticks in ((front.x, axes.xaxis), (front.y, axes.yaxis)):
-        if axis.key in ("macs", "params"):
-            ticks.set_major_formatter(EngFormatter(sep=""))
 
 
 def _draw_budgets(axes: Axes, front: Front) -> None:

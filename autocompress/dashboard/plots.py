@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from autocompress.dashboard.front import (
+    LINES,
     MARKS,
     Axis,
     Front,
@@ -86,6 +88,38 @@ def ops_figure(point: Point, device: str) -> go.Figure:
         margin={"l": 8, "r": 8, "t": 8, "b": 8},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"},
         showlegend=True,
+    )
+    return figure
+
+
+def race_figure(result: JobResult) -> go.Figure:
+    """The best loss within the budgets of each controller that raced, against its evaluations and its processor seconds."""
+    figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.04)
+    dashes = ("solid", "dash", "dot", "dashdot")
+    for i, entry in enumerate(result.race):
+        marks = [mark for mark in entry.history if mark.loss is not None]
+        line = {"color": LINES[i % len(LINES)], "dash": dashes[i % len(dashes)], "width": 2, "shape": "hv"}
+        for column, key in ((1, "evaluations"), (2, "seconds")):
+            figure.add_scatter(
+                x=[getattr(mark, key) for mark in marks],
+                y=[mark.loss for mark in marks],
+                mode="lines+markers",
+                name=entry.controller,
+                legendgroup=entry.controller,
+                showlegend=column == 1,
+                line=line,
+                marker={"size": 5},
+                hovertemplate=f"<b>{entry.controller}</b><br>%{{x:.4g}} {key}: %{{y:.4g}}<extra></extra>",
+                row=1,
+                col=column,
+            )
+    figure.update_xaxes(title="evaluations", row=1, col=1)
+    figure.update_xaxes(title="processor time (s)", row=1, col=2)
+    figure.update_yaxes(title="best loss", row=1, col=1)
+    figure.update_layout(
+        height=320,
+        margin={"l": 8, "r": 8, "t": 8, "b": 8},
+        legend={"orientation": "h", "y": -0.25, "yanchor": "top", "x": 0},
     )
     return figure
 

@@ -24,6 +24,23 @@ def site_rows(result: JobResult, point: Point) -> list[dict[str, Any]]:
     ]
 
 
+def race_rows(result: JobResult) -> list[dict[str, Any]]:
+    """One row a controller that raced, in the order they were named; seconds are those of a processor."""
+    return [
+        {
+            "controller": entry.controller,
+            "evaluations": entry.evaluations,
+            "seconds": entry.end.seconds,
+            "its own": entry.own_seconds,
+            "best loss": entry.end.loss,
+            "found after": entry.found.evaluations if entry.end.loss is not None else None,
+            "found after (s)": entry.found.seconds if entry.end.loss is not None else None,
+            "hypervolume": entry.end.hypervolume,
+        }
+        for entry in result.race
+    ]
+
+
 def op_rows(point: Point) -> list[dict[str, Any]]:
     """One row an executed operator, in execution order, with predicted milliseconds a device."""
     return [

@@ -19,6 +19,7 @@ from autocompress.search.front import ParetoFront
 from autocompress.search.genetic import Genetic
 from autocompress.search.greedy import Greedy
 from autocompress.search.polish import Polish
+from autocompress.search.race import Racer, racers, run_race
 from autocompress.search.random_ import Random
 from autocompress.search.reinforce import Reinforce
 from autocompress.search.run import SearchOutcome, run
@@ -42,6 +43,7 @@ __all__ = [
     "Greedy",
     "ParetoFront",
     "Polish",
+    "Racer",
     "Random",
     "Reinforce",
     "SearchOutcome",
@@ -49,6 +51,8 @@ __all__ = [
     "Uniform",
     "check_feasible",
     "lower_bounds",
+    "racers",
     "run",
+    "run_race",
     "table_front",
 ]

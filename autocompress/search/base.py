@@ -52,6 +52,8 @@ class BaseController(ABC):
         self.tables = CostTables(space, costs, self.limits.columns)
         self.rng = random.Random(seed)
         self.seen: dict[tuple[Fidelity, Plan], Evaluation] = {}
+        self.known: tuple[Evaluation, ...] = ()
+        """What :meth:`learn` was told, for controllers that make use of it; what is in it may be asked all the same."""
         self._decisions: list[list[int] | None] = []
         self._recalled: list[list[int] | None] = []
         self._asked: list[Query] = []
@@ -82,6 +84,12 @@ class BaseController(ABC):
         self._asked = self._group[start : start + n]
         return list(self._asked)
 
+    def learn(self, known: Sequence[Evaluation]) -> None:
+        """What earlier searches on the same model have judged; raises ``UsageError`` after the first :meth:`ask`."""
+        if self._told or self._over:
+            raise UsageError("learn() comes before the first ask(); this search has begun.")
+        self.known = tuple(known)
+
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
         """The answers to the last :meth:`ask`, in its order. A loss that is not a number counts as infeasible."""
         wanted = [(q.plan, q.fidelity) for q in self._asked]
@@ -102,6 +110,7 @@ class BaseController(ABC):
             "budgets": [str(budget) for budget in self.budgets],
             "seed": self.seed,
             "rng": _rng_to_json(self.rng),
+            "known": [_to_json(e) for e in self.known],
             "told": [_to_json(e) for e in self.seen.values()],
             "decisions": list(self._decisions),
         }
@@ -118,6 +127,7 @@ class BaseController(ABC):
                     f"This search state has {name} {state[name]!r}, the controller {mine!r}; build it alike."
                 )
         told = [_from_json(item) for item in state["told"]]
+        self.known = tuple(_from_json(item) for item in state.get("known", []))
         self._restart()
         self._recalled = list(state["decisions"])
         while told:

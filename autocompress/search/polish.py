@@ -36,8 +36,9 @@ class Polish(Evolution):
         known: Sequence[Evaluation],
         rung: Fidelity = "refitted",
     ) -> None:
-        self.known, self.raced = known, rung
+        self.raced = rung
         super().__init__(space, costs, budgets, seed)
+        self.learn(known)
 
     def _search(self) -> Asking:
         self._prepare()

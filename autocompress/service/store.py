@@ -11,7 +11,8 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,6 +22,7 @@ from sqlalchemy import Row, Update, case, select, update
 from sqlalchemy.dialects.sqlite import insert
 
 from autocompress.errors import StoreError, UnknownName, UsageError
+from autocompress.files import cache_dir
 from autocompress.results import JobResult, Progress, Request
 from autocompress.service.database import clear_errors, default_path, file_of, jobs, ledger, open_engine
 
@@ -317,10 +319,27 @@ class StoreLedger:
         with clear_errors(self._store.path), self._store._engine.begin() as connection:
             connection.execute(insert(ledger).values(**row).on_conflict_do_nothing())
 
+    def items(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """All keys and values of this namespace, by key."""
+        query = select(ledger.c.key, ledger.c.value).where(ledger.c.namespace == self._namespace).order_by(ledger.c.key)
+        with clear_errors(self._store.path), self._store._engine.connect() as connection:
+            rows = connection.execute(query).all()
+        yield from ((key, value) for key, value in rows)
+
     def __len__(self) -> int:
         query = select(ledger.c.key).where(ledger.c.namespace == self._namespace)
         with clear_errors(self._store.path), self._store._engine.connect() as connection:
             return len(connection.execute(query).all())
+
+
+@contextmanager
+def shared_ledger(model: str) -> Iterator[StoreLedger]:
+    """The ledger that all jobs on one model fill: a file in the cache folder, named by the evaluator's key.
+
+    Raises :class:`StoreError` in one sentence when it cannot be opened.
+    """
+    with JobStore(cache_dir() / "ledgers" / f"{model}.sqlite") as store:
+        yield store.ledger()
 
 
 def _is_lost(job: Job, timeout: float) -> bool:

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ValidationError
 
 from autocompress.errors import AutoCompressError, Cancelled, UsageError
 from autocompress.results import JobResult, Progress, Request
-from autocompress.service.store import Job, JobStore
+from autocompress.service.store import Job, JobStore, shared_ledger
 
 Outcome = BaseModel | Mapping[str, Any]
 Runner = Callable[[JobStore, Job, Callable[[Progress], None], Callable[[], bool]], Outcome]
@@ -37,7 +37,7 @@ BUG = 70
 
 
 def run_job(store: JobStore, job: Job, progress: Callable[[Progress], None], cancelled: Callable[[], bool]) -> Outcome:
-    """What a job asks for, by the pipeline. A job's ledger starts empty and is its own (determinism)."""
+    """What a job asks for, by the pipeline. A job's ledger is its own and starts empty, or as the job says (determinism)."""
     if job.kind not in ("compress", "export"):
         raise UsageError(f"A worker runs jobs of kind compress and export, got {job.kind!r}.")
     from autocompress import pipeline
@@ -45,7 +45,12 @@ def run_job(store: JobStore, job: Job, progress: Callable[[Progress], None], can
     if job.kind == "compress":
         request = Request.model_validate(job.request)
         return pipeline.compress(
-            request, job.folder, ledger=store.ledger(job.id), progress=progress, cancelled=cancelled
+            request,
+            job.folder,
+            ledger=store.ledger(job.id),
+            shared=shared_ledger,
+            progress=progress,
+            cancelled=cancelled,
         )
     source = store.get(job.request["job"])
     out = Path(job.request["out"]) if job.request["out"] else job.folder / "model.onnx"

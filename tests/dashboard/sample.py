@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from autocompress.results import BudgetRow, JobResult, OpRow, Point, Request, SiteRow
+from autocompress.results import BudgetRow, JobResult, OpRow, Point, RaceEntry, RaceMark, Request, SiteRow
 from autocompress.types import Fidelity, digest
 
 DEVICE = "local"
@@ -150,3 +150,16 @@ def result() -> JobResult:
         notes=("The plan is 2.1 times smaller, but on local it is only 1.6 times faster.",),
         request=request(),
     )
+
+
+def raced() -> JobResult:
+    """The same where two controllers raced, and the second found nothing within the budgets at first."""
+
+    def entry(name: str, *rows: tuple[int, float, float | None, float]) -> RaceEntry:
+        history = tuple(RaceMark(evaluations=n, seconds=s, loss=loss, hypervolume=h) for n, s, loss, h in rows)
+        return RaceEntry(controller=name, evaluations=rows[-1][0], own_seconds=1.5, history=history)
+
+    first = entry("evolution", (2, 1.0, 0.4, 0.1), (120, 61.0, 0.02, 0.6), (200, 101.0, 0.02, 0.61))
+    second = entry("random", (90, 44.0, 0.3, 0.2), (200, 98.0, 0.3, 0.25))
+    request_ = request().model_copy(update={"controller": "evolution,random", "race": True})
+    return result().model_copy(update={"race": (first, second), "request": request_})

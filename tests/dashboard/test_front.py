@@ -23,8 +23,8 @@ from autocompress.dashboard.front import (
     rungs_of,
 )
 from autocompress.dashboard.launch import launch
-from autocompress.dashboard.picture import write_front_png
-from autocompress.dashboard.plots import front_figure, ops_figure
+from autocompress.dashboard.picture import write_front_png, write_race_png
+from autocompress.dashboard.plots import front_figure, ops_figure, race_figure
 from autocompress.dashboard.tables import latency_rows, op_rows, plan_title, site_rows
 from autocompress.errors import StoreError, UnknownName, UsageError
 from autocompress.results import JobResult, Point
@@ -202,3 +202,19 @@ def test_the_dashboard_needs_no_torch() -> None:
     modules = "job_page, front, launch, picture, plots, tables"
     code = f"import sys; from autocompress.dashboard import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_race_in_two_panels(tmp_path: Path) -> None:
+    raced = sample.raced()
+    assert write_race_png(raced, tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")
+    figure = race_figure(raced)
+    assert [(trace.name, list(trace.x)) for trace in figure.data] == [
+        ("evolution", [2, 120, 200]),
+        ("evolution", [1.0, 61.0, 101.0]),
+        ("random", [90, 200]),
+        ("random", [44.0, 98.0]),
+    ]
+    assert sum(trace.showlegend for trace in figure.data) == 2
+    nothing = raced.race[1].model_copy(update={"history": (raced.race[1].end.model_copy(update={"loss": None}),)})
+    write_race_png(raced.model_copy(update={"race": (nothing,)}), tmp_path / "none.png")
+    assert not any(trace.x for trace in race_figure(raced.model_copy(update={"race": (nothing,)})).data)

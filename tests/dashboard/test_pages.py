@@ -86,6 +86,18 @@ def test_a_job_page(filled: tuple[JobStore, Job]) -> None:
     assert list(latency["measured / predicted"]) == ["1.08"]
 
 
+def test_a_race_on_its_jobs_page(filled: tuple[JobStore, Job]) -> None:
+    store, _job = filled
+    store.submit("compress", sample.request())
+    claimed = store.claim()
+    assert claimed is not None
+    store.finish(claimed, sample.raced())
+    app = open_page(claimed.id)
+    assert "The race" in texts(app) and len(app.get("plotly_chart")) == 3
+    table = next(frame.value for frame in app.dataframe if "controller" in frame.value)
+    assert list(table["controller"]) == ["evolution", "random"] and list(table["found after"]) == [120, 90]
+
+
 def test_another_plan_rung_and_axes(filled: tuple[JobStore, Job]) -> None:
     _store, job = filled
     result = sample.result()

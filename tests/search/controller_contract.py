@@ -14,7 +14,7 @@ import pytest
 from toys import ToyCosts, ToyLoss, chain, nested, separable, space_of
 
 from autocompress.errors import UsageError
-from autocompress.search import CONTROLLERS, ParetoFront, run
+from autocompress.search import CONTROLLERS, BaseController, ParetoFront, run
 from autocompress.types import Budget, Controller, Objective, Query, SearchSpace
 
 LARGE = space_of(*[5, 4, 6, 5, 4, 6, 2, 5, 4, 3])
@@ -106,6 +106,20 @@ class ControllerContract:
             answers = evaluator(queries)
             one.tell(answers)
             other.tell(answers)
+
+    def test_what_is_known_is_told_before_the_first_ask_and_stays_in_the_state(self) -> None:
+        one, evaluator = self.make(pairs=0.3)
+        known = evaluator([Query(LARGE.dense, "slice"), Query((1,) * len(LARGE.sites), "full")])
+        one.learn(known)
+        if queries := one.ask(3):
+            one.tell(evaluator(queries))
+        with pytest.raises(UsageError, match="before the first ask"):
+            one.learn(known)
+        state = json.loads(json.dumps(one.state_dict(), allow_nan=False))
+        other, _ = self.make(pairs=0.3)
+        other.load_state_dict(state)
+        assert isinstance(other, BaseController) and other.known == tuple(known)
+        assert one.ask(5) == other.ask(5)
 
     def test_a_state_of_something_else_is_refused(self) -> None:
         one, _ = self.make()

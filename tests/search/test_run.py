@@ -55,8 +55,22 @@ def test_history_is_the_best_feasible_loss_so_far() -> None:
     best = front.best(fidelity="full")
     assert best is not None
     assert outcome.history[-1][1] == best.values["loss"]
-    losses = [loss for _, loss in outcome.history]
+    losses = [mark.loss for mark in outcome.history]
     assert losses == sorted(losses, reverse=True)
+    assert outcome.end.loss == losses[-1] and outcome.end.evaluations == 100
+    assert outcome.end.hypervolume is None and 0 < outcome.own_seconds == outcome.end.seconds, "toys cost nothing"
+
+
+def test_a_front_that_has_something_is_where_history_begins() -> None:
+    controller, evaluator, front = parts()
+    run(controller, evaluator, front, evaluations=20)
+    best = front.best(fidelity="full")
+    assert best is not None
+    reference = (best.values["loss"] + 1, COSTS.cost([SPACE.dense])[0, 0])
+    again = run(parts()[0], evaluator, front, evaluations=20, reference=reference)
+    first = again.history[0]
+    assert first[:3] == (0, best.values["loss"], 0.0) and len(again.history) == 1, "the same plans are no improvement"
+    assert first.hypervolume == again.end.hypervolume == front.hypervolume(reference, "full")
 
 
 def test_cancelling_keeps_what_was_judged() -> None:
