@@ -1,13 +1,14 @@
 """The network between its plans: each layer runs the mixture of its levels, so that probabilities of levels have a gradient.
 
 A plan's channels are gone where the layers that read them have zero columns, so every level is a change of one layer's
-effective weight (refitted, factorized, rounded, in the dense layer's shape) or the factor of a residual branch. With ``c`` the most
-likely plan, a layer's weight is ``W(c) + sum over options o of p_o (W(c with o) - W(c))``: a channel group mixes the refits of each
-layer that reads it, a layer site its formats, a block keeps ``1 - p(drop)`` of its branch. At probabilities of 0 and 1 that is the plan
-itself. The idea is DiffRate's (Chen et al. 2023), where what is mixed are counts of tokens.
+effective weight (refitted, factorized, rounded, in the dense layer's shape) or the factor of a residual branch. With ``c`` the
+most likely plan, a layer's weight is ``W(c) + sum over options o of p_o (W(c with o) - W(c))``: a channel group mixes the refits
+of each layer that reads it, a layer site its formats, a block keeps ``1 - p(drop)`` of its branch. At probabilities of 0 and 1
+that is the plan itself. The idea is DiffRate's (Chen et al. 2023), where what is mixed are counts of tokens.
 
-Where it is an approximation: low-rank factors are those for the outputs that the most likely plan keeps, activations are rounded
-with straight-through gradients on ranges of the dense model, and values between two int8 factors and biases are not rounded.
+Where it is an approximation: low-rank factors are those for the outputs that the most likely plan keeps, activations are
+rounded with straight-through gradients on ranges of the dense model, and values between two int8 factors and biases are not
+rounded.
 
 Tensors lie contiguous here, not channels-last: the gradient of a strided 1 x 1 convolution over channels-last inputs corrupts
 memory in the CPU build of torch 2.13.

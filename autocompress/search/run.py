@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from autocompress.errors import Cancelled, UsageError
 from autocompress.search.front import ParetoFront
-from autocompress.types import Controller, Evaluator
+from autocompress.types import Controller, Evaluation, Evaluator, Query, SoftEvaluation, SoftEvaluator, SoftQuery
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,27 @@ class SearchOutcome:
     finished: bool = False
 
 
+def answered(evaluator: Evaluator, queries: Sequence[Query]) -> list[Evaluation]:
+    """Answers in the order asked; mixtures go to ``loss_and_grad``, and :class:`UsageError` says when there is none."""
+    if not any(isinstance(query, SoftQuery) for query in queries):
+        return evaluator(queries)
+    if not isinstance(evaluator, SoftEvaluator):
+        raise UsageError(
+            f"This controller descends along gradients, and the evaluator ({type(evaluator).__name__}) has no loss_and_grad(); "
+            "take one that judges whole plans: 'evolution', 'exact' or 'random'."
+        )
+    return [_soft(evaluator, q) if isinstance(q, SoftQuery) else evaluator([q])[0] for q in queries]
+
+
+def _soft(evaluator: SoftEvaluator, query: SoftQuery) -> SoftEvaluation:
+    start = time.perf_counter()
+    loss, gradient = evaluator.loss_and_grad(np.array(query.probabilities, np.float64))
+    spent, slope = time.perf_counter() - start, tuple(gradient.tolist())
+    return SoftEvaluation(
+        query.plan, query.fidelity, {"loss": loss}, {}, math.inf, spent, False, query.probabilities, slope
+    )
+
+
 def run(
     controller: Controller,
     evaluator: Evaluator,
@@ -40,7 +63,7 @@ def run(
 ) -> SearchOutcome:
     """Search until ``evaluations`` are answered, ``minutes`` are over or the controller is done; ``front`` is filled.
 
-    Every answer counts, at any rung and from the ledger too, so that a resumed run follows the same path. Time is looked at
+    Every answer counts, at any rung, from the ledger and of a mixture too, so that a resumed run follows the same path. Time is looked at
     between batches. ``on_progress(done, total)`` is called after each batch.
 
     Raises :class:`Cancelled` on Ctrl-C or when ``cancelled()`` holds, with everything told so far in ``front``.
@@ -61,8 +84,8 @@ def run(
             if not queries:
                 finished = True
                 break
-            answers = evaluator(queries)
-            front.add(answers)
+            answers = answered(evaluator, queries)
+            front.add([answer for answer in answers if not isinstance(answer, SoftEvaluation)])
             controller.tell(answers)
             for i, answer in enumerate(answers, n + 1):
                 if answer.fidelity == "full" and answer.feasible and answer.values["loss"] < best:
