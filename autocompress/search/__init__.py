@@ -16,6 +16,7 @@ from autocompress.search.exact import Exact
 from autocompress.search.feasible import check_feasible, lower_bounds
 from autocompress.search.front import ParetoFront
 from autocompress.search.genetic import Genetic
+from autocompress.search.gradient import Gradient
 from autocompress.search.greedy import Greedy
 from autocompress.search.polish import Polish
 from autocompress.search.random_ import Random
@@ -37,6 +38,7 @@ __all__ = [
     "Exact",
     "FrontPoint",
     "Genetic",
+    "Gradient",
     "Greedy",
     "ParetoFront",
     "Polish",

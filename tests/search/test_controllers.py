@@ -45,6 +45,11 @@ class TestEvolution(ControllerContract):
     name = "evolution"
 
 
+class TestGradient(ControllerContract):
+    name = "gradient"
+    interaction_tolerance = 0.2  # as exact, with which it ends
+
+
 def test_names() -> None:
     assert list(CONTROLLERS) == [
         "alds",
@@ -59,6 +64,7 @@ def test_names() -> None:
         "evopress",
         "exact",
         "genetic",
+        "gradient",
         "greedy",
         "random",
         "reinforce",
