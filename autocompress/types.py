@@ -404,7 +404,7 @@ class CostFactor:
 # ---------------------------------------------------------------- asking and telling
 
 
-def best_levels(probabilities: npt.NDArray[np.float64], offsets: Sequence[int]) -> Plan:
+def best_levels(probabilities: npt.NDArray[np.float64], offsets: Sequence[int] | IntArray) -> Plan:
     """The most likely level of each site. ``probabilities``  # (n_options,); ``offsets``: where sites begin  # (n_sites + 1,)"""
     return tuple(int(np.argmax(probabilities[a:b])) for a, b in itertools.pairwise(offsets))
 

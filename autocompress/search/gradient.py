@@ -7,7 +7,8 @@ is the expected one under the cost tables. The descent is entropic, with anneali
 costs hold the limits. Adam on logits, as in DiffRate, moves sites that hardly matter as far as those that do; it ended worse.
 
 A mixture is no plan, and rounding it is not what makes a good one: the table model with the gradients as losses is solved, and
-its plans are judged at ``full``.
+its plans are judged at ``full``. Then gradients are taken on the way from the distribution to the best plan, where they say what
+its neighbours would lose.
 """
 
 from __future__ import annotations
@@ -20,20 +21,23 @@ import numpy as np
 from autocompress.search.base import CONTROLLERS, Asking, fitness
 from autocompress.search.exact import TableSearch
 from autocompress.search.expected import expected_cost
+from autocompress.search.surrogate import refine
 from autocompress.search.tables import UNLIMITED, FloatArray
 from autocompress.types import Evaluation, IntArray, Plan, Query, SoftEvaluation, SoftQuery, best_levels
 
 
 @CONTROLLERS.register("gradient")
 class Gradient(TableSearch):
-    """A descent of ``steps`` mixtures towards the goal, then its gradients as the losses of all targets; ends as ``exact`` does.
+    """A descent of ``steps`` mixtures towards the goal, gradients around the best plan, then these as the losses of all targets;
+    ends as ``exact`` does.
 
     ``warm``, ``cold``: first and last temperature, in standard deviations of the first gradient. ``memory``: share of a new
     gradient in the average. ``mix``: how far a step goes. Every ``every`` steps the goal is solved with the last gradient and
-    with the average.
+    with the average. ``way``: mixtures around the best plan, by its share in them; ``patience``: rounds of them without a gain.
     """
 
     steps, every = 24, 4
+    way, patience = (0.3, 0.6, 0.9), 3
     warm, cold = 0.3, 0.03
     memory, mix = 0.3, 0.5
 
@@ -41,13 +45,13 @@ class Gradient(TableSearch):
         self._prepare()
         yield from self._ask_targets(self.one_site.losses(), [0], quick=True)
         losses = yield from self._descend(self.targets[1 if self.free and self.limits.limited else 0])
+        losses = yield from self._improve(losses)
         yield from self._ask_targets(losses, range(len(self.targets)))
         yield from self._bisect(losses)
         yield from self._around(losses)
 
     def _descend(self, limit: IntArray) -> Generator[list[Query], list[Evaluation], FloatArray]:
         """The average of the gradients at the end of the descent.  # (n_options,)"""
-        first = self.tables.offsets[:-1]
         average = self.one_site.losses()
         if self.space.size == 1:
             return average
@@ -55,8 +59,7 @@ class Gradient(TableSearch):
         p = self._held(average, scale, self._uniform(), limit)
         for step in range(self.steps):
             answer = yield from self._slope(p)
-            gradient = np.array(answer.gradient)
-            gradient -= gradient[first][self.tables.site_of]
+            gradient = self._relative(answer)
             if not np.isfinite(fitness(answer)):  # broken: back towards dense
                 prior = self.one_site.losses()
                 gradient = prior * (2 * scale / (float(np.std(prior)) or 1.0))
@@ -72,6 +75,38 @@ class Gradient(TableSearch):
                 break
             p = after
         return average
+
+    def _improve(self, losses: FloatArray) -> Generator[list[Query], list[Evaluation], FloatArray]:
+        """Gradients on the way from the distribution to the best plan, corrected by what whole plans lost, while that gains.
+
+        Returns the last losses.  # (n_options,)
+        """
+        tables, limit, idle = self.tables, self.targets[0], 0
+        best, p = self._incumbent(), self._uniform()
+        while best is not None and not self.free and idle < self.patience:
+            scale = float(np.std(losses)) or 1.0
+            p = self._held(losses, scale * self.warm / 3, p, limit)
+            corner = np.zeros(tables.n_options)
+            corner[tables.current(best.plan)] = 1.0
+            slopes = []
+            for share in self.way:
+                slopes.append(self._relative((yield from self._slope(share * corner + (1 - share) * p))))
+            gradient: FloatArray = np.mean(slopes, axis=0)
+            losses = (losses + gradient) / 2
+            full = [e for (rung, _), e in self.seen.items() if rung == "full" and np.isfinite(fitness(e))]
+            gains = np.array([fitness(e) - fitness(best) for e in full])
+            yield from self._round(gradient, limit, corner)
+            yield from self._round(refine(tables, losses, best.plan, [e.plan for e in full], gains), limit, corner)
+            after = self._incumbent()
+            idle = idle + 1 if after is None or after.plan == best.plan else 0
+            best = after
+        return losses
+
+    def _relative(self, answer: SoftEvaluation) -> FloatArray:
+        """Slopes above those of the dense levels.  # (n_options,)"""
+        slopes = np.array(answer.gradient)
+        relative: FloatArray = slopes - slopes[self.tables.offsets[:-1]][self.tables.site_of]
+        return relative
 
     def _slope(self, p: FloatArray) -> Generator[list[Query], list[Evaluation], SoftEvaluation]:
         """The loss of a mixture and its gradient."""

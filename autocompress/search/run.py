@@ -63,8 +63,8 @@ def run(
 ) -> SearchOutcome:
     """Search until ``evaluations`` are answered, ``minutes`` are over or the controller is done; ``front`` is filled.
 
-    Every answer counts, at any rung, from the ledger and of a mixture too, so that a resumed run follows the same path. Time is looked at
-    between batches. ``on_progress(done, total)`` is called after each batch.
+    Every answer counts, at any rung, from the ledger and of a mixture too, so that a resumed run follows the same path. Time is
+    looked at between batches. ``on_progress(done, total)`` is called after each batch.
 
     Raises :class:`Cancelled` on Ctrl-C or when ``cancelled()`` holds, with everything told so far in ``front``.
     """
