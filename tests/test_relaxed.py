@@ -14,9 +14,10 @@ from autocompress.errors import UsageError
 from autocompress.evaluate import SOFT, Measurer, ModelEvaluator, NoLedger
 from autocompress.methods import StaticInt8
 from autocompress.relaxed import FloatArray, Relaxed
-from autocompress.types import Plan, Query, SoftEvaluator
+from autocompress.search import CONTROLLERS, ParetoFront, run
+from autocompress.types import Budget, Objective, Plan, Query, SoftEvaluator
 from tests import networks
-from tests.test_database import make
+from tests.test_database import make, uniform
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +61,7 @@ def test_at_a_corner_the_mixture_is_the_plan(databases: dict[str, LevelDatabase]
 def test_at_a_corner_of_int8_it_is_nearly_the_plan(databases: dict[str, LevelDatabase], name: str) -> None:
     """Ranges are the dense model's and not the plan's: all layers in int8 keep the dense ranges nearly."""
     database = databases[name]
-    plan = tuple(
-        next((v for v, level in enumerate(levels) if level.label == "int8"), 0)
-        for level in [0]
-        for levels in database.space.levels
-    )
+    plan = uniform(database.space, "int8")
     measurer = Measurer(database)
     assert measurer.slope(one_hot(database, plan))["loss"] == pytest.approx(measurer(plan, "slice")["loss"], rel=0.3)
 
@@ -125,6 +122,22 @@ def test_the_evaluator_counts_and_keeps_mixtures(databases: dict[str, LevelDatab
     assert fresh["loss"] == loss and fresh["gradient"] == gradient.tolist(), "the same numbers in the same order"
     with pytest.raises(UsageError, match="finite probability for each of the"):
         first.loss_and_grad(p[1:])
+
+
+def test_a_search_is_repeated_from_its_ledger_and_without(databases: dict[str, LevelDatabase]) -> None:
+    """The real evaluator under the real controller: nothing runs again, and a fresh search finds the same."""
+    database = databases["resnet-b"]
+    costs = CostModel(database.graph, database.space, {})
+    limits = [Budget.parse("macs<=50%").absolute(costs.in_units(database.space.dense))]
+    kept, found, counts = NoLedger(), [], []
+    for ledger in (kept, kept, NoLedger()):
+        evaluator = ModelEvaluator(database, costs, limits, ledger)
+        front = ParetoFront([Objective("loss"), Objective("macs")])
+        run(CONTROLLERS["gradient"](database.space, costs, limits, 0), evaluator, front, evaluations=16)
+        found.append([(e.plan, e.values["loss"]) for e in front.evaluations("full")])
+        counts.append(evaluator.counts)
+    assert found[0] == found[1] == found[2] and found[0]
+    assert counts[1] == {} and counts[2] == counts[0] and sum(counts[0].values()) == 16
 
 
 def test_a_loss_that_is_no_number_has_no_slope(

@@ -37,7 +37,7 @@ class Gradient(TableSearch):
     """
 
     steps, every = 24, 4
-    way, patience = (0.3, 0.6, 0.9), 3
+    way, patience = (0.3, 0.6, 0.9), 4
     warm, cold = 0.3, 0.03
     memory, mix = 0.3, 0.5
 
