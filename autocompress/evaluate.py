@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -23,11 +25,15 @@ from autocompress.errors import UsageError
 from autocompress.finish import finish
 from autocompress.fitness import LAYOUT, Teacher, fitness, forward, images_last, slice_of, weights_last
 from autocompress.ledger import NoLedger
+from autocompress.relaxed import Relaxed
 from autocompress.stitched import Stitched
 from autocompress.tasks import Split
 from autocompress.types import FIDELITIES, METRICS, Budget, Evaluation, Fidelity, Ledger, Plan, Query, digest
 
 VALUES = ("loss", "metric", "accuracy_drop")
+SOFT = "soft"
+"""What mixtures of levels are counted under."""
+FloatArray = npt.NDArray[np.float64]
 Measured = dict[str, float | None]
 """``VALUES`` and ``seconds``; ``None`` where a value is not a number."""
 
@@ -54,6 +60,7 @@ class Measurer:
         self.stitched = None if plain else Stitched(database, self.slice, len(self.task.search), limit)
         self._teacher: Teacher | None = None
         self._reference: Tensor | None = None
+        self._relaxed: Relaxed | None = None
 
     def __call__(self, plan: Plan, fidelity: Fidelity) -> Measured:
         """The values of a plan at a rung, and the processor seconds it took (not those of the original's outputs)."""
@@ -63,6 +70,27 @@ class Measurer:
         found = {"loss": loss, "metric": self.task.metric_of(score), "accuracy_drop": drop}
         values = {name: value if math.isfinite(value) else None for name, value in found.items()}
         return {**values, "seconds": time.process_time() - start}
+
+    def slope(self, probabilities: FloatArray) -> dict[str, Any]:
+        """``loss`` of a mixture of levels on the slice, its ``gradient``  # (n_options,), and ``seconds``; JSON values.
+
+        A loss that is not a number is ``None``, and has a gradient of zeros.
+        """
+        teacher, start = self._original(), time.process_time()
+        if self._relaxed is None:
+            self._relaxed = Relaxed(self.database)
+        split = self.task.search.take(self.slice)
+
+        def batches() -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+            for i, (inputs, _) in enumerate(self.task.batches(split, self.batch)):
+                share = len(inputs) / len(split)
+                yield inputs, lambda outputs, i=i, share=share: share * teacher.loss(i, outputs)  # type: ignore[misc]
+
+        loss, gradient = self._relaxed.loss_and_grad(probabilities, batches())
+        if not math.isfinite(loss):
+            gradient = np.zeros_like(gradient)
+        seconds = time.process_time() - start
+        return {"loss": loss if math.isfinite(loss) else None, "gradient": gradient.tolist(), "seconds": seconds}
 
     def reference(self) -> Tensor:
         """The original's outputs on the search split, computed once."""
@@ -117,6 +145,8 @@ class ModelEvaluator:
     ``measurer``: what runs models here; ``workers``: who else does. ``recovery_key()`` is what else decides the rung
     ``recovered``. ``counts`` has evaluations by rung that ran a model (cached ones left out), ``seconds`` their processor time.
     ``model`` is the key of all that decides an evaluation but the plan and its rung.
+    ``recovered``. ``counts`` has evaluations by rung that ran a model (cached ones left out), ``seconds`` their time; under
+    ``SOFT`` those of mixtures, each about three runs of the slice.
     """
 
     def __init__(
@@ -134,9 +164,9 @@ class ModelEvaluator:
         self.ledger = ledger if ledger is not None else NoLedger()
         self.measurer = measurer or Measurer(database)
         self.workers: Workers | None = None
-        self.counts: dict[Fidelity, int] = {}
-        self.seconds: dict[Fidelity, float] = {}
         self.model = digest([database.key, self.measurer.slice, self.measurer.batch, LAYOUT, threads])
+        self.counts: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
         self.recovery_key = recovery_key
 
     def __call__(self, queries: Sequence[Query]) -> list[Evaluation]:
@@ -181,6 +211,26 @@ class ModelEvaluator:
         except UsageError:
             return None
 
+    def loss_and_grad(self, probabilities: FloatArray) -> tuple[float, FloatArray]:
+        """Loss of a mixture of levels on the slice, and its gradient; see :class:`~autocompress.relaxed.Relaxed`.
+
+        ``probabilities``, gradient  # (n_options,). Runs in this process and is kept in the ledger. Raises
+        :class:`UsageError` where the probabilities are not those of this space.
+        """
+        n = sum(self.database.space.n_levels)
+        if probabilities.shape != (n,) or not np.isfinite(probabilities).all():
+            raise UsageError(
+                f"A mixture has a finite probability for each of the {n} options, got {probabilities.shape}."
+            )
+        key = digest([self.model, self.database.space.hash, SOFT, probabilities.tolist()])
+        found = self.ledger.get(key)
+        if found is None:
+            found = self.measurer.slope(probabilities)
+            self._count(SOFT, found["seconds"])
+            self.ledger.put(key, found)
+        loss = math.nan if found["loss"] is None else float(found["loss"])
+        return loss, np.array(found["gradient"], np.float64)
+
     @property
     def width(self) -> int:
         """How many plans are judged at the same time."""
@@ -201,7 +251,7 @@ class ModelEvaluator:
             if index not in away:
                 yield index, self.measurer(query.plan, query.fidelity)
 
-    def _count(self, fidelity: Fidelity, seconds: float) -> None:
+    def _count(self, fidelity: str, seconds: float) -> None:
         self.counts[fidelity] = self.counts.get(fidelity, 0) + 1
         self.seconds[fidelity] = self.seconds.get(fidelity, 0.0) + seconds
 

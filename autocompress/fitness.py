@@ -150,6 +150,15 @@ class Teacher:
             loss = fitness(self.task, torch.cat(kept), reference, self.split.targets[:n])
         return loss, float(found.double().mean()), float(self.scores[:n].double().mean())
 
+    def loss(self, i: int, outputs: Tensor) -> Tensor:
+        """The loss on batch ``i`` alone, with a gradient; a mean over its examples.  # ()"""
+        if self.task.fitness == "kl":
+            return self._soft[i].kl(logits(self.task, outputs)).mean()
+        if self.task.fitness == "mse":
+            return (outputs.double() - self._outputs[i].double()).pow(2).mean()
+        start = i * self.task.batch_size
+        return self.task.loss(outputs, self.split.targets[start : start + len(outputs)])
+
     def _scores(self, i: int, outputs: Tensor) -> Tensor:
         start = i * self.task.batch_size
         return self.task.score(outputs, self.split.targets[start : start + len(outputs)])

@@ -6,6 +6,7 @@ Knows nothing of torch, ONNX, files or databases.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -403,6 +404,11 @@ class CostFactor:
 # ---------------------------------------------------------------- asking and telling
 
 
+def best_levels(probabilities: npt.NDArray[np.float64], offsets: Sequence[int] | IntArray) -> Plan:
+    """The most likely level of each site. ``probabilities``  # (n_options,); ``offsets``: where sites begin  # (n_sites + 1,)"""
+    return tuple(int(np.argmax(probabilities[a:b])) for a, b in itertools.pairwise(offsets))
+
+
 @dataclass(frozen=True)
 class Query:
     """A plan to be judged at one rung; ``budget`` is the index of the budget it was made for, if any."""
@@ -439,11 +445,47 @@ class Evaluation:
         return self.values[key] if key in self.values else self.costs[key]
 
 
+@dataclass(frozen=True)
+class SoftQuery(Query):
+    """A mixture of levels instead of one a site, asked for the slope of the loss on the slice; ``plan`` has the likeliest levels.
+
+    ``probabilities``: of all options, numbered site by site; those of a site add up to 1.  # (n_options,)
+    """
+
+    probabilities: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class SoftEvaluation(Evaluation):
+    """The answer to a :class:`SoftQuery`: ``values`` has the mixture's ``loss``, nats as ever.
+
+    It has no costs and holds no budget: a mixture is no plan, and fronts do not get it. ``gradient``: slope of the loss along
+    every probability, zero throughout where the loss is not a number.  # (n_options,)
+    """
+
+    probabilities: tuple[float, ...] = ()
+    gradient: tuple[float, ...] = ()
+
+
 class Evaluator(Protocol):
     """Judges plans; the only place that counts evaluations."""
 
     def __call__(self, queries: Sequence[Query]) -> list[Evaluation]:
         """Evaluations in the order asked."""
+        ...
+
+
+@runtime_checkable
+class SoftEvaluator(Evaluator, Protocol):
+    """An evaluator that can also mix levels, for differentiable controllers."""
+
+    def loss_and_grad(self, probabilities: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
+        """Loss of the mixture on the slice and its gradient; ``probabilities``, gradient  # (n_options,)
+
+        Options are numbered site by site, as in :meth:`Costs.deltas`: sites offer different numbers of levels, so there is no
+        array of sites by levels. At probabilities of 0 and 1 the loss is the plan's. Entries of the gradient compare within a
+        site; what they have in common means nothing.
+        """
         ...
 
 

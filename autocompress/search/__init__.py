@@ -17,6 +17,7 @@ from autocompress.search.exact import Exact
 from autocompress.search.feasible import check_feasible, lower_bounds
 from autocompress.search.front import ParetoFront
 from autocompress.search.genetic import Genetic
+from autocompress.search.gradient import Gradient
 from autocompress.search.greedy import Greedy
 from autocompress.search.polish import Polish
 from autocompress.search.race import Racer, racers, run_race
@@ -40,6 +41,7 @@ __all__ = [
     "Exact",
     "FrontPoint",
     "Genetic",
+    "Gradient",
     "Greedy",
     "ParetoFront",
     "Polish",

@@ -3,7 +3,7 @@
 An algorithm is written as a coroutine, :meth:`BaseController._search`: it yields a group of queries and is sent their
 evaluations. ``ask`` hands a group out in portions, so the path of a search depends neither on the size of the portions nor on
 how many evaluations it will be given: a longer search begins with the shorter one. The state is what was told; loading it
-replays the coroutine, without solving anything again.
+replays the coroutine, without solving anything again. A group holds plans, or mixtures (:class:`SoftQuery`), never both.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from autocompress.types import (
     Plan,
     Query,
     SearchSpace,
+    SoftEvaluation,
+    SoftQuery,
 )
 
 Asking = Generator[list[Query], list[Evaluation], Any]
@@ -54,6 +56,7 @@ class BaseController(ABC):
         self.seen: dict[tuple[Fidelity, Plan], Evaluation] = {}
         self.known: tuple[Evaluation, ...] = ()
         """What :meth:`learn` was told, for controllers that make use of it; what is in it may be asked all the same."""
+        self._slopes: list[SoftEvaluation] = []
         self._decisions: list[list[int] | None] = []
         self._recalled: list[list[int] | None] = []
         self._asked: list[Query] = []
@@ -92,14 +95,16 @@ class BaseController(ABC):
 
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
         """The answers to the last :meth:`ask`, in its order. A loss that is not a number counts as infeasible."""
-        wanted = [(q.plan, q.fidelity) for q in self._asked]
-        if [(e.plan, e.fidelity) for e in evaluations] != wanted:
+        if not _answers(self._asked, evaluations):
             raise UsageError(
-                f"tell() takes the answers to the last ask() in its order: {len(wanted)} plans were asked, "
+                f"tell() takes the answers to the last ask() in its order: {len(self._asked)} plans were asked, "
                 f"got {len(evaluations)} or other ones."
             )
         for evaluation in evaluations:
-            self.seen[evaluation.fidelity, evaluation.plan] = evaluation
+            if isinstance(evaluation, SoftEvaluation):
+                self._slopes.append(evaluation)
+            else:
+                self.seen[evaluation.fidelity, evaluation.plan] = evaluation
         self._answers.extend(evaluations)
         self._asked = []
 
@@ -112,6 +117,7 @@ class BaseController(ABC):
             "rng": _rng_to_json(self.rng),
             "known": [_to_json(e) for e in self.known],
             "told": [_to_json(e) for e in self.seen.values()],
+            "slopes": [[*_to_json(e), list(e.probabilities), list(e.gradient)] for e in self._slopes],
             "decisions": list(self._decisions),
         }
 
@@ -128,12 +134,15 @@ class BaseController(ABC):
                 )
         told = [_from_json(item) for item in state["told"]]
         self.known = tuple(_from_json(item) for item in state.get("known", []))
+        slopes: list[Evaluation] = [_soft_from_json(item) for item in state["slopes"]]
         self._restart()
         self._recalled = list(state["decisions"])
-        while told:
-            queries = self.ask(len(told))
-            answers, told = told[: len(queries)], told[len(queries) :]
-            if not queries or [(q.plan, q.fidelity) for q in queries] != [(e.plan, e.fidelity) for e in answers]:
+        while told or slopes:
+            queries = self.ask(max(len(told), 1))
+            pool = slopes if queries and isinstance(queries[0], SoftQuery) else told
+            answers = pool[: len(queries)]
+            del pool[: len(queries)]
+            if not queries or not _answers(queries, answers):
                 raise UsageError("This search state was made by another controller or version; start the search anew.")
             self.tell(answers)
         if not self._recalled and _rng_to_json(self.rng) == state["rng"]:
@@ -145,7 +154,7 @@ class BaseController(ABC):
 
     def _restart(self) -> None:
         self.rng = random.Random(self.seed)
-        self.seen, self._decisions, self._recalled = {}, [], []
+        self.seen, self._slopes, self._decisions, self._recalled = {}, [], [], []
         self._asked, self._group, self._answers = [], [], []
         self._told = self._over = False
         self._steps = self._search()
@@ -173,6 +182,14 @@ class BaseController(ABC):
         return [self.seen[fidelity, p] for p in plans]
 
 
+def _answers(queries: Sequence[Query], evaluations: Sequence[Evaluation]) -> bool:
+    """Whether evaluations are those of the queries, in their order."""
+    asked = [(q.plan, q.fidelity, q.probabilities if isinstance(q, SoftQuery) else None) for q in queries]
+    return asked == [
+        (e.plan, e.fidelity, e.probabilities if isinstance(e, SoftEvaluation) else None) for e in evaluations
+    ]
+
+
 def _rng_to_json(rng: random.Random) -> list[Any]:
     version, words, gauss = rng.getstate()
     return [version, list(words), gauss]
@@ -193,3 +210,11 @@ def _from_json(item: Sequence[Any]) -> Evaluation:
         raise UsageError(f"This search state has an unknown fidelity {fidelity!r}; start the search anew.")
     values, costs = ({k: float(v) for k, v in numbers.items()} for numbers in (values, costs))
     return Evaluation(tuple(plan), fidelity, values, costs, float(violation), seconds)
+
+
+def _soft_from_json(item: Sequence[Any]) -> SoftEvaluation:
+    *known, probabilities, gradient = item
+    e = _from_json(known)
+    return SoftEvaluation(
+        e.plan, e.fidelity, e.values, e.costs, e.violation, e.seconds, False, tuple(probabilities), tuple(gradient)
+    )

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from autocompress.errors import Cancelled, UsageError
 from autocompress.search.front import ParetoFront
-from autocompress.types import Controller, Evaluator
+from autocompress.types import Controller, Evaluation, Evaluator, Query, SoftEvaluation, SoftEvaluator, SoftQuery
 
 
 class Mark(NamedTuple):
@@ -39,6 +41,27 @@ class SearchOutcome:
     finished: bool = False
 
 
+def answered(evaluator: Evaluator, queries: Sequence[Query]) -> list[Evaluation]:
+    """Answers in the order asked; mixtures go to ``loss_and_grad``, and :class:`UsageError` says when there is none."""
+    if not any(isinstance(query, SoftQuery) for query in queries):
+        return evaluator(queries)
+    if not isinstance(evaluator, SoftEvaluator):
+        raise UsageError(
+            f"This controller descends along gradients, and the evaluator ({type(evaluator).__name__}) has no loss_and_grad(); "
+            "take one that judges whole plans: 'evolution', 'exact' or 'random'."
+        )
+    return [_soft(evaluator, q) if isinstance(q, SoftQuery) else evaluator([q])[0] for q in queries]
+
+
+def _soft(evaluator: SoftEvaluator, query: SoftQuery) -> SoftEvaluation:
+    start = time.process_time()
+    loss, gradient = evaluator.loss_and_grad(np.array(query.probabilities, np.float64))
+    spent, slope = time.process_time() - start, tuple(gradient.tolist())
+    return SoftEvaluation(
+        query.plan, query.fidelity, {"loss": loss}, {}, math.inf, spent, False, query.probabilities, slope
+    )
+
+
 def run(
     controller: Controller,
     evaluator: Evaluator,
@@ -54,9 +77,9 @@ def run(
 ) -> SearchOutcome:
     """Search until ``evaluations`` are answered, ``minutes`` are over or the controller is done; ``front`` is filled.
 
-    Every answer counts, at any rung and from the ledger too, so that a resumed run follows the same path. Time is looked at
-    between batches. ``reference``: one number an objective, for the hypervolumes of the history. ``on_progress(done, total)`` is
-    called after each batch.
+    Every answer counts, at any rung, from the ledger and of a mixture too, so that a resumed run follows the same path. Time is
+    looked at between batches. ``reference``: one number an objective, for the hypervolumes of the history.
+    ``on_progress(done, total)`` is called after each batch.
 
     Raises :class:`Cancelled` on Ctrl-C or when ``cancelled()`` holds, with everything told so far in ``front``.
     """
@@ -85,9 +108,10 @@ def run(
             if not queries:
                 finished = True
                 break
-            answers = evaluator(queries)
+            answers = answered(evaluator, queries)
             for i, answer in enumerate(answers, n + 1):
-                front.add([answer])
+                if not isinstance(answer, SoftEvaluation):
+                    front.add([answer])
                 paid += answer.seconds
                 if answer.fidelity == "full" and answer.feasible and answer.values["loss"] < best:
                     best = answer.values["loss"]

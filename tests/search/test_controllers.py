@@ -49,6 +49,11 @@ class TestAuto(ControllerContract):
     name = "auto"
 
 
+class TestGradient(ControllerContract):
+    name = "gradient"
+    interaction_tolerance = 0.2  # as exact, with which it ends
+
+
 def test_names() -> None:
     assert list(CONTROLLERS) == [
         "alds",
@@ -64,6 +69,7 @@ def test_names() -> None:
         "evopress",
         "exact",
         "genetic",
+        "gradient",
         "greedy",
         "random",
         "reinforce",

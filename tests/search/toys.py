@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autocompress.search.tables import all_plans, scale_of
+from autocompress.search.tables import FloatArray, all_plans, scale_of
 from autocompress.types import (
     Budget,
     CostFactor,
@@ -172,6 +172,21 @@ class ToyLoss:
             violation = sum(b.violation({**costs, **values}[b.key]) for b in self.budgets)
             out.append(Evaluation(query.plan, query.fidelity, values, costs, violation))
         return out
+
+    def loss_and_grad(self, probabilities: FloatArray) -> tuple[float, FloatArray]:
+        """The expected loss where sites are independent; no number where the likeliest plan is broken."""
+        self.n += 1
+        shares = [np.arange(n) / max(n - 1, 1) for n in self.space.n_levels]
+        parts = np.split(probabilities, np.cumsum(self.space.n_levels)[:-1])
+        slopes = [s * share**2 for s, share in zip(self.sensitivity, shares, strict=True)]
+        loss = sum(float(p @ slope) for p, slope in zip(parts, slopes, strict=True))
+        means = [float(p @ share) for p, share in zip(parts, shares, strict=True)]
+        loss += self.pairs * sum(a * b for a, b in itertools.pairwise(means))
+        for i, share in enumerate(shares):
+            slopes[i] = slopes[i] + self.pairs * sum(means[i - 1 : i] + means[i + 1 : i + 2]) * share
+        if self.broken(tuple(int(p.argmax()) for p in parts)):
+            return math.nan, np.zeros(len(probabilities))
+        return loss, np.concatenate(slopes)
 
     def optimum(self) -> tuple[float, Plan]:
         """Brute force over a small space: the least loss that holds all budgets."""

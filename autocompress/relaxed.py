@@ -1,0 +1,268 @@
+"""The network between its plans: each layer runs the mixture of its levels, so that probabilities of levels have a gradient.
+
+A plan's channels are gone where the layers that read them have zero columns, so every level is a change of one layer's
+effective weight (refitted, factorized, rounded, in the dense layer's shape) or the factor of a residual branch. With ``c`` the
+most likely plan, a layer's weight is ``W(c) + sum over options o of p_o (W(c with o) - W(c))``: a channel group mixes the refits
+of each layer that reads it, a layer site its formats, a block keeps ``1 - p(drop)`` of its branch. At probabilities of 0 and 1
+that is the plan itself. The idea is DiffRate's (Chen et al. 2023), where what is mixed are counts of tokens.
+
+Where it is an approximation: low-rank factors are those for the outputs that the most likely plan keeps, activations are
+rounded with straight-through gradients on ranges of the dense model, and values between two int8 factors and biases are not
+rounded.
+
+Tensors lie contiguous here, not channels-last: the gradient of a strided 1 x 1 convolution over channels-last inputs corrupts
+memory in the CPU build of torch 2.13.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from autocompress.database import LevelDatabase
+from autocompress.deploy import deploy_layer
+from autocompress.graph import Keep, Layer
+from autocompress.methods import LowRank, StaticInt8
+from autocompress.methods.quantization import ActivationQuant
+from autocompress.prefix import ByteCache
+from autocompress.types import Plan, best_levels
+
+CACHE_BYTES = 512 * 2**20
+"""Effective weights of levels that are kept."""
+
+FloatArray = npt.NDArray[np.float64]
+Affine = tuple[Tensor, Tensor]
+"""Weight and bias in the dense layer's shape, norm folded."""
+Option = tuple[int, Keep, Sequence[object]]
+"""Number of a (site, level) pair, the channels and the layer's methods once it is taken."""
+
+
+class Relaxed:
+    """Loss of mixtures of one database's levels, with its gradient."""
+
+    def __init__(self, database: LevelDatabase) -> None:
+        self.database, self.graph, self.space = database, database.graph, database.space
+        self.offsets = [0, *itertools.accumulate(self.space.n_levels)]
+        site = {site.name: i for i, site in enumerate(self.space.sites)}
+        groups = [(site[f"channels:{g.name}"], g) for g in self.graph.groups if f"channels:{g.name}" in site]
+        self.own = {layer.name: site.get(f"layer:{layer.name}") for layer in self.graph.layers.values()}
+        self.groups = {
+            layer.name: [i for i, g in groups if not layer.depthwise and np.isin(layer.inputs, g.classes).any()]
+            for layer in self.graph.layers.values()
+        }
+        self.drops = {
+            block.add: (block.skip, self.offsets[site[f"block:{block.name}"]] + 1)
+            for block in self.graph.blocks
+            if f"block:{block.name}" in site
+        }
+        self.keeps = {(i, v): self._one(i, v) for i, _ in groups for v in range(self.space.n_levels[i])}
+        self.rounding = self._rounding()
+        self._grids: dict[str, ActivationQuant] | None = None
+        self._made: ByteCache[tuple[object, ...], Affine] = ByteCache(CACHE_BYTES)
+
+    def loss_and_grad(
+        self, probabilities: FloatArray, batches: Iterable[tuple[Tensor, Callable[[Tensor], Tensor]]]
+    ) -> tuple[float, FloatArray]:
+        """The sum of ``loss(outputs)`` over batches of ``(inputs, loss)``, and its gradient.
+
+        ``probabilities``, gradient  # (n_options,). Entries of one site compare with one another: what they have in common
+        has no meaning, as probabilities add up to 1. A gradient that is not finite is zero.
+        """
+        plan = best_levels(probabilities, self.offsets)
+        weights = {name: self._mixed(layer, plan, probabilities) for name, layer in self.graph.layers.items()}
+        gates = {add: torch.tensor(1 - probabilities[drop]).float() for add, (_, drop) in self.drops.items()}
+        shares = {node: torch.tensor(self._share(node, probabilities)).float() for node in self.rounding}
+        leaves = [*itertools.chain.from_iterable(weights.values()), *gates.values(), *shares.values()]
+        for leaf in leaves:
+            leaf.requires_grad_(True)
+        walk, total = _Walk(self, weights, gates, shares, self.grids()), 0.0
+        for inputs, loss_of in batches:
+            loss = loss_of(walk.run(inputs.contiguous()))
+            torch.autograd.backward(loss, inputs=leaves)
+            total += float(loss.detach())
+        gradient = np.zeros(len(probabilities))
+        for name, (weight, bias) in weights.items():
+            self._collect(self.graph.layers[name], plan, weight.grad, bias.grad, gradient)
+        for add, (_, drop) in self.drops.items():
+            gradient[drop] -= _number(gates[add].grad)
+        for node in self.rounding:
+            slope = _number(shares[node].grad)
+            for options in self.rounding[node]:
+                others = [o for o in self.rounding[node] if o is not options]
+                gradient[options] += slope * np.prod([1 - probabilities[o].sum() for o in others])
+        return total, np.where(np.isfinite(gradient), gradient, 0.0)
+
+    # ------------------------------------------------------------ weights
+
+    def _one(self, site: int, level: int) -> Keep:
+        """Channels that live when one site is at a level and all others are dense."""
+        plan = [0] * len(self.space.sites)
+        plan[site] = level
+        return self.database.keep(tuple(plan))
+
+    def _options(self, layer: Layer, plan: Plan) -> Iterator[Option]:
+        """All ways to switch one site that decides about a layer's weight."""
+        keep = self.database.keep(plan)
+        steps = self.database.layer_steps(plan, layer.name)
+        for site in self.groups[layer.name]:
+            for level in range(self.space.n_levels[site]):
+                if level != plan[site]:
+                    mine = self.keeps[site, self.space.n_levels[site] - 1]  # the sets are nested
+                    yield self.offsets[site] + level, (keep | ~mine) & self.keeps[site, level], steps
+        own = self.own[layer.name]
+        if own is not None:
+            for level, choice in enumerate(self.space.levels[own]):
+                if level != plan[own]:
+                    yield self.offsets[own] + level, keep, choice.steps
+
+    def _mixed(self, layer: Layer, plan: Plan, probabilities: FloatArray) -> Affine:
+        base = self._affine(layer, self.database.keep(plan), self.database.layer_steps(plan, layer.name))
+        weight, bias = base[0].clone(), base[1].clone()
+        for option, keep, steps in self._options(layer, plan):
+            share = float(probabilities[option])
+            if share:
+                other = self._affine(layer, keep, steps)
+                weight.add_(other[0] - base[0], alpha=share)
+                bias.add_(other[1] - base[1], alpha=share)
+        return weight, bias
+
+    def _collect(
+        self, layer: Layer, plan: Plan, weight: Tensor | None, bias: Tensor | None, gradient: FloatArray
+    ) -> None:
+        """Add the slope of every option that changes a layer, from the slopes of its weight and bias."""
+        if weight is None or bias is None:
+            return
+        base = self._affine(layer, self.database.keep(plan), self.database.layer_steps(plan, layer.name))
+        for option, keep, steps in self._options(layer, plan):
+            other = self._affine(layer, keep, steps)
+            gradient[option] += float(((other[0] - base[0]) * weight).sum() + ((other[1] - base[1]) * bias).sum())
+
+    def _affine(self, layer: Layer, keep: Keep, steps: Sequence[object]) -> Affine:
+        """What a plan makes of a layer, with zeros where it has no columns.
+
+        Factors depend on the outputs that are kept; outputs that are not stay as they are without factors.
+        """
+        every = np.arange(len(layer.outputs))
+        columns = np.arange(len(layer.inputs)) if layer.depthwise else layer.kept_inputs(keep)
+        rows = layer.kept_outputs(keep) if any(isinstance(step, LowRank) for step in steps) else every
+        key = (layer.name, columns.tobytes(), rows.tobytes(), steps)
+        found = self._made.get(key)
+        if found is not None:
+            return found
+        live = self.database.layer_modules(layer, columns, rows, steps)
+        part = deploy_layer(live[layer.name], live[layer.norm] if layer.norm else None, None)
+        small, shift = _composed(part)
+        if layer.depthwise:
+            weight, bias = small, shift
+        elif len(rows) < len(every):
+            whole = self._affine(layer, keep, ())
+            weight, bias = whole[0].clone(), whole[1].clone()
+            weight[torch.from_numpy(rows)] = 0.0
+            bias[torch.from_numpy(rows)] = shift
+        else:
+            weight, bias = small.new_zeros(len(every), len(layer.inputs), *small.shape[2:]), shift
+        if not layer.depthwise:
+            weight[torch.from_numpy(rows)[:, None], torch.from_numpy(columns)] = small
+        made = weight.detach().contiguous(), bias.detach()
+        return self._made.put(key, made, sum(t.nbytes for t in made))
+
+    # ------------------------------------------------------------ rounded activations
+
+    def _rounding(self) -> dict[str, list[npt.NDArray[np.int64]]]:
+        """Node whose value int8 levels round -> the options of each layer that do."""
+        outputs = {s.name for n in self.graph.module.graph.nodes if n.op == "output" for s in n.all_input_nodes}
+        found: dict[str, list[npt.NDArray[np.int64]]] = {}
+        for layer in self.graph.layers.values():
+            own = self.own[layer.name]
+            levels = self.space.levels[own] if own is not None else ()
+            int8 = [v for v, level in enumerate(levels) if any(isinstance(s, StaticInt8) for s in level.steps)]
+            if own is None or not int8:
+                continue
+            for node in dict.fromkeys((layer.source, layer.result)):
+                if node not in outputs:
+                    found.setdefault(node, []).append(self.offsets[own] + np.array(int8, np.int64))
+        return found
+
+    def _share(self, node: str, probabilities: FloatArray) -> float:
+        """Probability that any layer rounds a value."""
+        return float(1 - np.prod([1 - probabilities[options].sum() for options in self.rounding[node]]))
+
+    def grids(self) -> Mapping[str, ActivationQuant]:
+        """Grids of values on the dense model's ranges."""
+        if self._grids is None:
+            weights = {n: self._affine(x, self.graph.keep_all(), ()) for n, x in self.graph.layers.items()}
+            walk = _Walk(self, weights, {}, {}, {})
+            walk.ranges = dict.fromkeys(self.rounding, (0.0, 0.0))
+            with torch.no_grad():
+                for inputs in self.database.range_batches() if self.rounding else ():
+                    walk.run(inputs.contiguous())
+            self._grids = {node: ActivationQuant(*walk.ranges[node]) for node in self.rounding}
+        return self._grids
+
+
+class _Walk(fx.Interpreter):
+    """Runs the dense graph with other weights. ``ranges``: smallest and largest values of these nodes, widened by every run."""
+
+    def __init__(
+        self,
+        owner: Relaxed,
+        weights: Mapping[str, Affine],
+        gates: Mapping[str, Tensor],
+        shares: Mapping[str, Tensor],
+        grids: Mapping[str, ActivationQuant],
+    ) -> None:
+        super().__init__(owner.graph.module)
+        self.weights, self.gates, self.shares, self.grids = weights, gates, shares, grids
+        self.norms = {layer.norm for layer in owner.graph.layers.values() if layer.norm}
+        self.skips = {add: skip for add, (skip, _) in owner.drops.items()}
+        self.ranges: dict[str, tuple[float, float]] = {}
+
+    def run_node(self, node: fx.Node) -> Any:
+        value = self._value(node)
+        if node.name in self.ranges:
+            low, high = self.ranges[node.name]
+            self.ranges[node.name] = min(low, float(value.min())), max(high, float(value.max()))
+        if node.name in self.shares:
+            value = value + self.shares[node.name] * (self.grids[node.name](value) - value).detach()
+        return value
+
+    def _value(self, node: fx.Node) -> Any:
+        target = str(node.target)
+        if node.op == "call_module" and target in self.weights:
+            weight, bias = self.weights[target]
+            (x,), _ = self.fetch_args_kwargs_from_env(node)
+            layer = self.fetch_attr(target)
+            return layer._conv_forward(x, weight, bias) if isinstance(layer, nn.Conv2d) else F.linear(x, weight, bias)
+        if node.op == "call_module" and target in self.norms:
+            return self.env[node.all_input_nodes[0]]
+        if node.name in self.gates:
+            skip, branch = node.all_input_nodes
+            if skip.name != self.skips[node.name]:
+                skip, branch = branch, skip
+            return self.env[skip] + self.gates[node.name] * self.env[branch]
+        return super().run_node(node)
+
+
+def _composed(part: nn.Module) -> Affine:
+    """Weight and bias of a layer, or of two factors in a row as one layer."""
+    if not isinstance(part, nn.Sequential):
+        weight, bias = part.weight, part.bias
+    else:
+        first, second, bias = cast(Tensor, part[0].weight), cast(Tensor, part[-1].weight), part[-1].bias
+        if first.ndim == 2:
+            weight = second @ first
+        else:  # one of the two is 1 wide along each axis
+            weight = torch.einsum("orab,ricd->oicadb", second, first).flatten(4).flatten(2, 3)
+    assert isinstance(weight, Tensor)
+    return weight, bias if isinstance(bias, Tensor) else weight.new_zeros(len(weight))
+
+
+def _number(slope: Tensor | None) -> float:
+    return 0.0 if slope is None else float(slope)
