@@ -232,15 +232,8 @@ def replay_command(request: Request, out: Path, evaluations: int, race: Sequence
         controller = ",".join(f"{entry.controller}:{max(1, entry.evaluations)}" for entry in race)
     elif request.minutes is not None:
         count = evaluations
-    words += [
-        "--controller",
-        controller,
-        *(["--race"] if request.race else []),
-        "--seed",
-        str(request.seed),
-        "--importance",
-        request.importance,
-    ]
+    words += ["--controller", controller] + ["--race"] * request.race
+    words += ["--seed", str(request.seed), "--importance", request.importance]
     if count is not None:
         words += ["--evaluations", str(count)]
     if request.methods != METHOD_FAMILIES:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +24,7 @@ from autocompress.errors import UsageError
 from autocompress.finish import finish
 from autocompress.fitness import LAYOUT, Teacher, fitness, forward, images_last, slice_of, weights_last
 from autocompress.ledger import NoLedger
-from autocompress.relaxed import Relaxed
+from autocompress.relaxed import FloatArray, Relaxed
 from autocompress.stitched import Stitched
 from autocompress.tasks import Split
 from autocompress.types import FIDELITIES, METRICS, Budget, Evaluation, Fidelity, Ledger, Plan, Query, digest
@@ -33,7 +32,6 @@ from autocompress.types import FIDELITIES, METRICS, Budget, Evaluation, Fidelity
 VALUES = ("loss", "metric", "accuracy_drop")
 SOFT = "soft"
 """What mixtures of levels are counted under."""
-FloatArray = npt.NDArray[np.float64]
 Measured = dict[str, float | None]
 """``VALUES`` and ``seconds``; ``None`` where a value is not a number."""
 
@@ -143,10 +141,9 @@ class ModelEvaluator:
     """Judges plans of one database; ``budgets`` are absolute.
 
     ``measurer``: what runs models here; ``workers``: who else does. ``recovery_key()`` is what else decides the rung
-    ``recovered``. ``counts`` has evaluations by rung that ran a model (cached ones left out), ``seconds`` their processor time.
-    ``model`` is the key of all that decides an evaluation but the plan and its rung.
-    ``recovered``. ``counts`` has evaluations by rung that ran a model (cached ones left out), ``seconds`` their time; under
-    ``SOFT`` those of mixtures, each about three runs of the slice.
+    ``recovered``. ``counts`` has evaluations by rung that ran a model (cached ones left out), ``seconds`` their processor time;
+    under ``SOFT`` those of mixtures, each about three runs of the slice. ``model`` is the key of all that decides an evaluation
+    but the plan and its rung.
     """
 
     def __init__(

@@ -229,7 +229,11 @@ class _Run:
             self.notes.append(self.start.sentence)
         self.ledger = self.evaluator.ledger = JobLedger(self.own, self.start, shared)
         self.known = self.evaluator.known(self.start.entries.items())
-        self.front.add(e for e in self.known if e.fidelity in SEARCHED)
+        self.front.add(self._known_to_search())
+
+    def _known_to_search(self) -> list[Evaluation]:
+        """What earlier jobs have judged at the rungs of a search."""
+        return [e for e in self.known if e.fidelity in SEARCHED]
 
     def _race(self) -> None:
         """Every controller searches as if alone; what they judged is one front."""
@@ -242,18 +246,22 @@ class _Run:
             self.front,
             reference=(dense.values["loss"] + 1.0, dense[self.front.objectives[-1].key]),
             path=self.out / "race.json",
-            known=[e for e in self.known if e.fidelity in SEARCHED],
+            known=self._known_to_search(),
             evaluations=None if self.request.minutes else self.request.evaluations or DEFAULT_EVALUATIONS,
             minutes=self.request.minutes,
-            batch=max(BATCH, 2 * self.evaluator.width),
+            batch=self._batch(),
             on_progress=lambda name, own, n, total: tick(n, total, f"{name}: {self._best_so_far('full', own)}"),
             cancelled=self.cancelled,
         )
         self.searched = sum(entry.evaluations for entry in self.race)
-        winner = min(self.race, key=lambda e: e.end.loss if self.limited and e.end.loss is not None else math.inf)
-        if not self.limited:  # then the best loss is that of a plan that saves nothing
+        if self.limited:
+            winner = min(self.race, key=lambda e: math.inf if e.end.loss is None else e.end.loss)
+        else:  # then the best loss is that of a plan that saves nothing
             winner = max(self.race, key=lambda e: e.end.hypervolume)
         self.field = (Racer(winner.controller, max(1, winner.evaluations)),)  # if there is a search once more
+
+    def _batch(self) -> int:
+        return max(BATCH, 2 * self.evaluator.width)
 
     def _controller(self, name: str, budgets: Sequence[Budget]) -> Controller:
         controller = CONTROLLERS[name](self.made.space, self.made.costs, budgets, self.request.seed)
@@ -268,13 +276,12 @@ class _Run:
             self.front,
             evaluations=racer.evaluations or (None if minutes else self._limit()),
             minutes=minutes,
-            batch=max(BATCH, 2 * self.evaluator.width),
+            batch=self._batch(),
             on_progress=lambda done, total: self.stages.tick(done, total, self._best_so_far()),
             cancelled=self.cancelled,
         )
         self.searched += outcome.n
-        dense = self.evaluator([Query(self.made.space.dense, "full")])
-        self.front.add(dense)
+        self._judge([self.made.space.dense], "full")
 
     def _best_so_far(self, rung: Fidelity = "full", front: ParetoFront | None = None) -> str:
         inside = [e for e in (front or self.front).evaluations(rung) if self._cheap_enough(e)]

@@ -63,9 +63,8 @@ class Request(_Record):
 
     @property
     def hash(self) -> str:
-        unsaid = {
-            name for name in ("race", "warm", "warm_from") if not getattr(self, name)
-        }  # as before there were these fields
+        # left out where unsaid, so that requests from before there were these fields keep their hash
+        unsaid = {name for name in ("race", "warm", "warm_from") if not getattr(self, name)}
         return digest(self.model_dump(mode="json", exclude={"workers", *unsaid}))
 
 

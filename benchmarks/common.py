@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from autocompress.files import write_json, write_text
+from autocompress.database import LevelDatabase
+from autocompress.files import cache_dir, write_json, write_text
+from autocompress.graph import Graph
 from autocompress.hwprofiles import describe_host
+from autocompress.tasks import Task
+from autocompress.types import SearchSpace
 from autocompress.verify import environment
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def folders(parser: argparse.ArgumentParser) -> None:
+    """``--data``: folders with the assets, by default those of AUTOCOMPRESS_DATA."""
+    default = [folder for folder in os.environ.get("AUTOCOMPRESS_DATA", "").split(":") if folder]
+    parser.add_argument("--data", nargs="*", default=default)
+
+
+def opened(graph: Graph, space: SearchSpace, task: Task) -> LevelDatabase:
+    """A database of its own for each who measures, so that nobody finds refits that another one paid for."""
+    database = LevelDatabase(graph, space, task, cache_dir() / "databases")
+    database.build()
+    return database
 
 
 def load(name: str) -> dict[str, Any]:

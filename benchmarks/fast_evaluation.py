@@ -8,7 +8,6 @@ the losses must be equal. A row takes some CPU-minutes; the level database is ma
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import statistics
 import sys
@@ -21,12 +20,10 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import load, save
+from common import folders, load, opened, save
 
-from autocompress.database import LevelDatabase
 from autocompress.deploy import deploy
 from autocompress.evaluate import Measurer, forward
-from autocompress.files import cache_dir
 from autocompress.fitness import weights_last
 from autocompress.graph import trace
 from autocompress.results import METHOD_FAMILIES
@@ -89,15 +86,8 @@ def one(key: str, args: argparse.Namespace) -> dict[str, object]:
     task = load_task(NETWORK, args.data)
     graph = trace(task.model, task.example_inputs)
     space = make_space(graph, families)
-
-    def opened() -> LevelDatabase:
-        """One for each, so that nobody finds refits that another one paid for."""
-        database = LevelDatabase(graph, space, task, cache_dir() / "databases")
-        database.build()
-        return database
-
-    database = opened()
-    plain, fresh, reuse = Measurer(opened(), plain=True), Measurer(opened(), limit=0), Measurer(opened())
+    database, *own = (opened(graph, space, task) for _ in range(4))
+    plain, fresh, reuse = Measurer(own[0], plain=True), Measurer(own[1], limit=0), Measurer(own[2])
     plain._teacher = fresh._teacher = reuse._original()
     split = task.search.take(reuse.slice)
     seconds: dict[str, list[float]] = {name: [] for name in ("first", "last", "bare", "plain", "fresh", "reuse")}
@@ -142,12 +132,11 @@ def channels_first(model: nn.Module, task: Task, split: Split) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", nargs="*", default=os.environ.get("AUTOCOMPRESS_DATA", "").split(":"))
+    folders(parser)
     parser.add_argument("--only", choices=PROBLEMS)
     parser.add_argument("--plans", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    args.data = [folder for folder in args.data if folder]
     torch.set_num_threads(1)
     rows = load("fast_evaluation")
     for key in PROBLEMS:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import load, save
+from common import folders, load, save
 
 from autocompress.errors import BudgetUnmet
 from autocompress.evaluate import forward
@@ -118,14 +117,13 @@ def one(key: str, args: argparse.Namespace) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", nargs="*", default=os.environ.get("AUTOCOMPRESS_DATA", "").split(":"))
+    folders(parser)
     parser.add_argument("--only", help="one problem, such as resnet20:50")
     parser.add_argument("--evaluations", type=int, default=400)
     parser.add_argument("--recover-minutes", type=float, default=4.0)
     parser.add_argument("--recover-steps", type=int, help="steps a plan, instead of minutes")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    args.data = [folder for folder in args.data if folder]
     rows = load("main_job")
     for key in PROBLEMS:
         if (args.only and key != args.only) or (not args.only and key in rows):

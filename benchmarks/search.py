@@ -9,11 +9,11 @@ saw: the mean KL to the original's answers.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import load, save
+from common import folders, load, opened, save
 
 from autocompress.costs import CostModel
 from autocompress.database import LevelDatabase
@@ -36,7 +36,7 @@ from autocompress.prepare import kernels_of, offered
 from autocompress.results import METHOD_FAMILIES, Request
 from autocompress.search import CONTROLLERS, ParetoFront, run
 from autocompress.space import make_space
-from autocompress.tasks import Task, load_task
+from autocompress.tasks import Split, Task, load_task
 from autocompress.types import Budget, Evaluation, Objective, Plan, Query
 
 MAIN = ("auto", "evopress", "exact", "amc", "bayes", "random", "uniform")
@@ -88,14 +88,31 @@ class Setting:
     costs: CostModel
     budgets: list[Budget]
 
+    @cached_property
+    def held_out(self) -> Split:
+        """Examples that no search saw."""
+        return self.task.report.take(min(HELD_OUT, len(self.task.report)))
+
+    @cached_property
+    def answers(self) -> list[Soft]:
+        """The original's answers to them, batch by batch."""
+        return [Soft.of(outputs) for outputs in self.outputs(self.database.space.dense)]
+
+    def outputs(self, plan: Plan) -> Iterator[torch.Tensor]:
+        """A plan's logits on the held-out examples, batch by batch."""
+        model = deploy(self.database.stitch(plan))
+        for inputs, _ in self.task.batches(self.held_out, self.task.batch_size):
+            with torch.inference_mode():
+                outputs = logits(self.task, model(inputs))
+            yield outputs
+
 
 def make(problem: Problem, data: Sequence[str]) -> Setting:
     task = load_task(problem.task, data)
     graph = trace(task.model, task.example_inputs)
     request = Request(task=problem.task, methods=problem.families, budgets=problem.budgets)
     space = make_space(graph, offered(task, request))
-    database = LevelDatabase(graph, space, task, cache_dir() / "databases")
-    database.build()
+    database = opened(graph, space, task)
     profiles = {"local": local(problem, graph, space)} if any("@local" in b for b in problem.budgets) else {}
     costs = CostModel(graph, space, profiles)
     dense = costs.in_units(space.dense)
@@ -139,9 +156,7 @@ class Recorder:
 
 def one(setting: Setting, controller: str, seed: int, seconds: float) -> tuple[dict[str, Any], Plan | None]:
     space, costs = setting.database.space, setting.costs
-    # Nothing is shared between rows: neither values of layers nor refits that another row paid for.
-    database = LevelDatabase(setting.database.graph, space, setting.task, cache_dir() / "databases")
-    database.build()
+    database = opened(setting.database.graph, space, setting.task)  # nothing is shared between rows
     evaluator = ModelEvaluator(database, costs, setting.budgets, measurer=Measurer(database))
     evaluator([Query(space.dense, "full")])  # the original's answers are nobody's
     recorder = Recorder(evaluator)
@@ -164,22 +179,15 @@ def one(setting: Setting, controller: str, seed: int, seconds: float) -> tuple[d
 
 def held_out(setting: Setting, plan: Plan) -> npt.NDArray[np.float64]:
     """KL to the original's answers of each example that no search saw.  # (n,)"""
-    task, database = setting.task, setting.database
-    split = task.report.take(min(HELD_OUT, len(task.report)))
-    models = [deploy(database.stitch(p)) for p in (database.space.dense, plan)]
-    parts = []
-    with torch.inference_mode():
-        for inputs, _ in task.batches(split, task.batch_size):
-            original, compressed = (logits(task, model(inputs)) for model in models)
-            kl = Soft.of(original).kl(compressed)
-            parts.append(kl.reshape(len(kl), -1).mean(1))
+    kls = [soft.kl(outputs) for soft, outputs in zip(setting.answers, setting.outputs(plan), strict=True)]
+    parts = [kl.reshape(len(kl), -1).mean(1) for kl in kls]
     values: npt.NDArray[np.float64] = torch.cat(parts).numpy()
     return values
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", nargs="*", default=os.environ.get("AUTOCOMPRESS_DATA", "").split(":"))
+    folders(parser)
     parser.add_argument("--only", nargs="*", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--controllers", default=",".join(MAIN))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
@@ -187,7 +195,6 @@ def main() -> None:
     parser.add_argument("--name", default="search", help="name of the files with the results")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    data = [folder for folder in args.data if folder]
     for name in args.only:
         setting: Setting | None = None
         for seed in args.seeds:
@@ -195,7 +202,7 @@ def main() -> None:
                 key = f"{name} {controller} {seed}"
                 if key in load(args.name):
                     continue
-                setting = setting or make(PROBLEMS[name], data)
+                setting = setting or make(PROBLEMS[name], args.data)
                 row, plan = one(setting, controller, seed, args.seconds)
                 row = {"problem": name, **row}
                 if plan is not None:

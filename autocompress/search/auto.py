@@ -10,7 +10,6 @@ lower one. The search is over when for a dozen generations no gain above a thous
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
 
 import numpy as np
 from scipy.special import ndtr
@@ -20,16 +19,15 @@ from autocompress.search.evolution import Evolution
 from autocompress.search.interactions import Interactions
 from autocompress.search.random_ import TINY
 from autocompress.search.tables import FloatArray, all_plans
-from autocompress.types import Evaluation, IntArray, Plan, Query
+from autocompress.types import IntArray, Plan
 
 NOISE = 1e-3
 """A gain of this share of a loss is nothing: other images would say otherwise."""
-Steps = Generator[list[Query], list[Evaluation], None]
 
 
 @CONTROLLERS.register("auto")
 class Auto(Evolution):
-    """The default controller: any budgets on any costs, quality budgets by the violation that comes back."""
+    """Any budgets on any costs, quality budgets by the violation that comes back; not the default yet (``docs/log.md``)."""
 
     offspring = 4
     climbs = 4
@@ -37,7 +35,6 @@ class Auto(Evolution):
     parents = 6
     worth = 10
     """Plans judged on the slice for one at ``full``: what the upper rung costs, so that half of the time goes to each."""
-    resolve_every = 6
     idle_after = 12
     """Generations without an expected gain above ``NOISE`` after which the search is over."""
 
@@ -46,9 +43,7 @@ class Auto(Evolution):
         self.pool = all_plans(self.space) if self.space.size <= TINY else None
         self.since, self.line = 0, 0
         yield from self._ask_targets(self.one_site.losses(), [0], quick=True)
-        self.base = self.space.dense
-        [dense] = yield from self._judge([self.base], "slice")
-        self.zero = fitness(dense) if np.isfinite(fitness(dense)) else 0.0
+        yield from self._judge([self.space.dense], "slice")
         yield from self._uniform()
         passes = self.one_site.passes()
         yield from self._measure(passes[0] if passes else [])
@@ -71,49 +66,32 @@ class Auto(Evolution):
 
     # ------------------------------------------------------------ the ladder
 
-    def _uniform(self) -> Steps:
+    def _uniform(self) -> Asking:
         """The mildest plan within the goal's limits that goes equally far at every site: a parent beside the table's optimum."""
-        shares = [i / 64 for i in range(65)]
-        ladder = [tuple(o[round(share * (len(o) - 1))] for o in self.orders) for share in shares]
+        ladder = self.one_site.ladder()
         fits = self.tables.fits(ladder, self.targets[0])
         if any(fits):
             for rung in ("slice", "full"):
                 yield from self._judge([ladder[fits.index(True)]], rung)
 
-    def _measure(self, plans: Sequence[Plan]) -> Steps:
-        """One-site losses on the slice."""
-        for evaluation in (yield from self._judge(plans, "slice")):
-            if evaluation.plan != self.space.dense:
-                self.one_site.record(evaluation.plan, fitness(evaluation) - self.zero)
-
-    def _promote(self) -> Steps:
+    def _promote(self) -> Asking:
         """The leaders on the slice go to ``full``: the goal's, or, where it was judged, that of the next target in line."""
         self.since = 0
-        for _ in range(len(self.targets)):
-            target = 0 if self.line % 2 == 0 else 1 + (self.line // 2) % max(1, len(self.targets) - 1)
+        for _ in self.targets:
+            target = 0 if self.line % 2 == 0 else 1 + (self.line // 2) % (len(self.targets) - 1)
             self.line += 1
-            if target >= len(self.targets):
-                continue
-            leaders = [
-                e.plan for e in self._within_slice(self.targets[target])[:1] if ("full", e.plan) not in self.seen
-            ]
-            if leaders:
-                yield from self._judge(leaders, "full")
+            inside = self._inside(self.targets[target])
+            if inside and ("full", inside[0].plan) not in self.seen:
+                yield from self._judge([inside[0].plan], "full")
                 return
-
-    def _within_slice(self, limit: IntArray) -> list[Evaluation]:
-        """What was judged on the slice within limits, the best first."""
-        found = [e for (rung, _), e in self.seen.items() if rung == "slice" and math.isfinite(fitness(e))]
-        fits = self.tables.fits([e.plan for e in found], limit)
-        return sorted((e for e, ok in zip(found, fits, strict=True) if ok), key=lambda e: (fitness(e), e.plan))
 
     # ------------------------------------------------------------ candidates
 
     def _propose(self, limit: IntArray, generation: int) -> tuple[list[Plan], float, float]:
         """Plans to judge on the slice, the gain they promise, and the loss above dense that it counts from."""
-        leaders = self._within_slice(limit)
+        leaders = self._inside(limit)
         model = self._model()
-        best = fitness(leaders[0]) - self.zero if leaders else math.inf
+        best = fitness(leaders[0]) - self._zero() if leaders else math.inf
         starts = [e.plan for e in leaders[: self.parents]] or [self._parent(limit)]
         pool = self._candidates(starts, limit, model)
         if self.pool is None and generation % self.resolve_every == 0:
@@ -133,13 +111,9 @@ class Auto(Evolution):
 
     def _model(self) -> Interactions:
         model = Interactions(self.tables, self.one_site.losses())
-        known = [
-            e
-            for (rung, plan), e in self.seen.items()
-            if rung == "slice" and math.isfinite(fitness(e)) and sum(level > 0 for level in plan) > 1
-        ]
+        known = [e for e in self._finite("slice") if sum(level > 0 for level in e.plan) > 1]
         if known:
-            model.fit([e.plan for e in known], np.array([fitness(e) - self.zero for e in known]))
+            model.fit([e.plan for e in known], np.array([fitness(e) - self._zero() for e in known]))
         return model
 
     def _candidates(self, starts: list[Plan], limit: IntArray, model: Interactions) -> list[Plan]:
@@ -157,10 +131,6 @@ class Auto(Evolution):
             ranked = sorted(found, key=lambda p: (found[p], p))
             starts = [*ranked[: self.parents], starts[0]]
         return sorted(found, key=lambda p: (found[p], p))[:64]
-
-    def _fresh(self, plans: list[Plan], limit: IntArray) -> list[Plan]:
-        raw = [p for p in plans if ("slice", p) not in self.seen]
-        return [p for p, fits in zip(raw, self.tables.fits(raw, limit), strict=True) if fits]
 
     def _linearised(self, model: Interactions, at: Plan, limit: IntArray) -> Plan | None:
         """The optimum within the limits of the model's first order around a plan: what each single switch would change."""

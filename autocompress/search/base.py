@@ -170,6 +170,10 @@ class BaseController(ABC):
         quality = [b for b in self.budgets if METRICS[b.metric].quality]
         return min(sum(b.violation(evaluation.values.get(b.metric, math.nan)) for b in quality), 1e9)
 
+    def _finite(self, fidelity: Fidelity) -> list[Evaluation]:
+        """What was told of a rung, without broken plans."""
+        return [e for (rung, _), e in self.seen.items() if rung == fidelity and math.isfinite(fitness(e))]
+
     def _judge(self, plans: Sequence[Plan], fidelity: Fidelity) -> Answers:
         """Evaluations of plans in effect; those already told are not asked again. Full queries within the limits name the
         budget."""

@@ -9,7 +9,7 @@ that picks among the many possible children, and what counts in the end is alway
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import numpy as np
 
@@ -91,20 +91,27 @@ class Evolution(TableSearch):
 
     def _finals(self) -> Generator[list[Query], list[Evaluation], None]:
         """Nothing is left to try: judge the best of each target on the slice at ``full``, if it was not."""
-        raced = [e for (rung, _), e in self.seen.items() if rung == "slice" and np.isfinite(fitness(e))]
         for target in self.targets:
-            within = self.tables.fits([e.plan for e in raced], target)
-            inside = [e for e, fits in zip(raced, within, strict=True) if fits]
-            for e in sorted(inside, key=lambda e: (fitness(e), e.plan))[: self.promoted]:
+            for e in self._inside(target)[: self.promoted]:
                 yield from self._judge([e.plan], "full")
+
+    def _inside(self, limit: IntArray) -> list[Evaluation]:
+        """Evaluations at the raced rung within limits on costs, the best first."""
+        found = self._finite(self.raced)
+        fits = self.tables.fits([e.plan for e in found], limit)
+        return sorted((e for e, ok in zip(found, fits, strict=True) if ok), key=lambda e: (fitness(e), e.plan))
+
+    def _fresh(self, plans: Sequence[Plan], limit: IntArray) -> list[Plan]:
+        """Those within limits on costs that the raced rung has not seen."""
+        new = [p for p in plans if (self.raced, p) not in self.seen]
+        return [p for p, fits in zip(new, self.tables.fits(new, limit), strict=True) if fits]
 
     def _refined(self, prior: FloatArray) -> FloatArray:
         """The table model, corrected by the last plans that were judged on the slice."""
         known = self.seen.get(("slice", self.base))
         if known is None or not np.isfinite(fitness(known)):
             return prior
-        slices = [e for (rung, _), e in self.seen.items() if rung == "slice" and np.isfinite(fitness(e))]
-        recent = slices[-self.memory :]
+        recent = self._finite("slice")[-self.memory :]
         gains = np.array([fitness(e) - fitness(known) for e in recent])
         return refine(self.tables, prior, self.base, [e.plan for e in recent], gains)
 
@@ -114,8 +121,7 @@ class Evolution(TableSearch):
             raw = self.pool
         else:
             raw = list(dict.fromkeys(self.space.effective(self._mutate(parent)) for _ in range(self.candidates)))
-        raw = [p for p in raw if (self.raced, p) not in self.seen and p != parent]
-        found = [p for p, fits in zip(raw, self.tables.fits(raw, limit), strict=True) if fits]
+        found = self._fresh([p for p in raw if p != parent], limit)
         predicted = {p: float(losses[self.tables.current(p)].sum()) for p in found}
         ranked = sorted(found, key=lambda p: (predicted[p], p))
         half = self.offspring // 2

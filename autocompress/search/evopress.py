@@ -34,7 +34,8 @@ class EvoPress(BaseController):
     """Generations without a new plan after which the search is over."""
 
     def _search(self) -> Asking:
-        self.orders = OneSite(self.space, self.tables).by_saving
+        one_site = OneSite(self.space, self.tables)
+        self.orders, self.ladder = one_site.by_saving, one_site.ladder()
         self.blocks_only = all(len(order) <= 2 for order in self.orders)
         self.limit: IntArray = self.limits.limit
         parent = yield from self._start()
@@ -60,7 +61,7 @@ class EvoPress(BaseController):
 
     def _start(self) -> Generator[list[Query], list[Evaluation], Plan]:
         """Uniform under the limits; where sites are only on or off, the best of 64 random plans on the slice."""
-        ladder = self._ladder()
+        ladder = self.ladder
         if not self.limits.limited:
             self.limit = self.tables.cost([(yield from self._affordable(ladder))])[0]
         within = self.tables.fits(ladder, self.limit)
@@ -87,11 +88,6 @@ class EvoPress(BaseController):
             [answer] = yield from self._judge([ladder[middle]], "full")
             low, high = (middle, high) if answer.feasible else (low, middle - 1)
         return ladder[low]
-
-    def _ladder(self, steps: int = 64) -> list[Plan]:
-        """Uniform plans, from dense to the most saving level of every site."""
-        shares = [i / steps for i in range(steps + 1)]
-        return list(dict.fromkeys(tuple(o[round(share * (len(o) - 1))] for o in self.orders) for share in shares))
 
     def _cheapest(self) -> Plan:
         return self.tables.cheapest(1 / np.maximum(self.limit, 1))

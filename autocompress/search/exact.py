@@ -79,14 +79,12 @@ class TableSearch(BaseController):
             self.n_before + (self.n_beyond + 1) // 2,
         ]  # a first front, within a few plans
         yield from self._ask_targets(self.one_site.losses(), few, quick=True)
-        dense = fitness((yield from self._judge([self.space.dense], "slice"))[0])
-        dense = dense if np.isfinite(dense) else 0.0
+        yield from self._judge([self.space.dense], "slice")
         chunk, done = 8, 0
         for number, plans in enumerate(self.one_site.passes()):
             while plans:
                 head, plans = plans[: chunk - done], plans[chunk - done :]
-                for evaluation in (yield from self._judge(head, "slice")):
-                    self.one_site.record(evaluation.plan, fitness(evaluation) - dense)
+                yield from self._measure(head)
                 done += len(head)
                 if done == chunk:
                     yield from self._ask_targets(self.one_site.losses(), [0], quick=True)
@@ -94,6 +92,16 @@ class TableSearch(BaseController):
             if number % 2 == 0:
                 yield from self._ask_targets(self.one_site.losses(), range(len(self.targets)), quick=True)
         yield from self._ask_targets(self.one_site.losses(), range(len(self.targets)))
+
+    def _measure(self, plans: Sequence[Plan]) -> Asking:
+        """One-site losses on the slice."""
+        for evaluation in (yield from self._judge(plans, "slice")):
+            self.one_site.record(evaluation.plan, fitness(evaluation) - self._zero())
+
+    def _zero(self) -> float:
+        """The loss of the dense plan on the slice, from which one-site losses count; 0 where it is broken or not known."""
+        dense = self.seen.get(("slice", self.space.dense))
+        return fitness(dense) if dense is not None and np.isfinite(fitness(dense)) else 0.0
 
     def _remeasure(self, base: Plan, losses: FloatArray) -> Generator[list[Query], list[Evaluation], FloatArray]:
         """Losses around ``base``: the levels next to its own are measured, the table's differences extend them."""
@@ -171,7 +179,7 @@ class TableSearch(BaseController):
         With quality budgets alone, the cheapest plan that holds them.
         """
         goal = self.targets[0]
-        full = [e for (rung, _), e in self.seen.items() if rung == "full" and np.isfinite(fitness(e))]
+        full = self._finite("full")
         if not full:
             return None
         good = [e for e in full if e.feasible]

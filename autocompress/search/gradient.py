@@ -93,7 +93,7 @@ class Gradient(TableSearch):
                 slopes.append(self._relative((yield from self._slope(share * corner + (1 - share) * p))))
             gradient: FloatArray = np.mean(slopes, axis=0)
             losses = (losses + gradient) / 2
-            full = [e for (rung, _), e in self.seen.items() if rung == "full" and np.isfinite(fitness(e))]
+            full = self._finite("full")
             gains = np.array([fitness(e) - fitness(best) for e in full])
             yield from self._round(gradient, limit, corner)
             yield from self._round(refine(tables, losses, best.plan, [e.plan for e in full], gains), limit, corner)

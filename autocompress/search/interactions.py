@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg import cho_solve, solve_triangular
@@ -29,6 +30,20 @@ OPTION = 0.3
 """Standard deviation of an option's own factor: as losses between measured levels are interpolated."""
 NOISE = 0.02
 """What no kernel explains, as a share of a loss."""
+
+
+class _Parts(NamedTuple):
+    """Summands of a covariance.  # each (n_one, n_two)"""
+
+    squares: FloatArray
+    options: FloatArray
+    pairs: FloatArray
+    mean: FloatArray
+
+    def kernel(self, factor: float, cosine: float) -> FloatArray:
+        """The covariance at the amplitudes of a site's common factor and of a pair's cosine."""
+        total: FloatArray = factor**2 * self.squares + self.options + 2 * cosine**2 * self.pairs + self.mean
+        return total
 
 
 class Interactions:
@@ -50,8 +65,9 @@ class Interactions:
         near = max(float(np.quantile(np.abs(y), 0.1)), 1e-12)
         noise = (NOISE * np.abs(y) + 0.1 * np.maximum(np.abs(y) - 4 * near, 0) + 1e-6 * near) ** 2
         best = None
+        parts = self._parts(options, options)
         for factor, cosine in itertools.product(FACTORS, COSINES):
-            covariance = self._kernel(options, options, factor, cosine) + np.diag(noise)
+            covariance = parts.kernel(factor, cosine) + np.diag(noise)
             lower = np.linalg.cholesky(covariance + 1e-10 * np.trace(covariance) / len(y) * np.eye(len(y)))
             weights = cho_solve((lower, True), rest)
             likelihood = -0.5 * float(rest @ weights) - float(np.log(lower.diagonal()).sum())
@@ -67,7 +83,7 @@ class Interactions:
         mean = self.table[options].sum(axis=1)
         if self._known is None:
             return mean, OPTION * mean
-        across = self._kernel(options, self._known, self._factor, self._cosine)
+        across = self._parts(options, self._known).kernel(self._factor, self._cosine)
         own = self._variance(options)
         explained = solve_triangular(self._lower, across.T, lower=True)
         variance = np.maximum(own - (explained**2).sum(axis=0), 0.0)
@@ -76,17 +92,14 @@ class Interactions:
     def _options(self, plans: Sequence[Plan]) -> IntArray:
         return self.tables.offsets[:-1] + np.asarray(plans, np.int64).reshape(len(plans), -1)
 
-    def _kernel(self, one: IntArray, two: IntArray, factor: float, cosine: float) -> FloatArray:
-        """Covariance of the losses of plans, given by their options.  # (n_one, n_two)"""
+    def _parts(self, one: IntArray, two: IntArray) -> _Parts:
+        """The covariance of the losses of plans, given by their options, before its amplitudes are chosen."""
         z, w = self.table[one], self.table[two]
         a, b = np.sqrt(z), np.sqrt(w)
         squares = z @ w.T
-        products = (a @ b.T) ** 2
-        pairs = 2 * cosine**2 * np.maximum(products - squares, 0)
-        mean = MEAN_COSINE**2 * np.outer(_pairs(a), _pairs(b))
-        chosen, known = (self._one_hot(options) for options in (one, two))
-        covariance: FloatArray = factor**2 * squares + OPTION**2 * (chosen @ known.T) + pairs + mean
-        return covariance
+        options = OPTION**2 * (self._one_hot(one) @ self._one_hot(two).T)
+        pairs = np.maximum((a @ b.T) ** 2 - squares, 0)
+        return _Parts(squares, options, pairs, MEAN_COSINE**2 * np.outer(_pairs(a), _pairs(b)))
 
     def _variance(self, options: IntArray) -> FloatArray:
         z = self.table[options]

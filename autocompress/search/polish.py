@@ -15,7 +15,7 @@ from autocompress.search.base import Asking, fitness
 from autocompress.search.evolution import Evolution
 from autocompress.search.surrogate import refine
 from autocompress.search.tables import FloatArray
-from autocompress.types import Budget, Costs, Evaluation, Fidelity, IntArray, Plan, Query, SearchSpace
+from autocompress.types import Budget, Costs, Evaluation, Fidelity, Plan, Query, SearchSpace
 
 
 class Polish(Evolution):
@@ -62,11 +62,10 @@ class Polish(Evolution):
 
     def _prior(self) -> FloatArray:
         """One-site losses that the search measured, scaled to what is left of a loss after refit."""
-        dense = self.seen.get(("slice", self.space.dense))
-        base = fitness(dense) if dense is not None else 0.0
+        zero = self._zero()
         for (rung, plan), evaluation in list(self.seen.items()):
             if rung == "slice" and sum(level > 0 for level in plan) == 1:
-                self.one_site.record(plan, fitness(evaluation) - base)
+                self.one_site.record(plan, fitness(evaluation) - zero)
         ratios = [
             fitness(e) / fitness(self.seen["full", plan])
             for (rung, plan), e in self.seen.items()
@@ -75,12 +74,6 @@ class Polish(Evolution):
         finite = [r for r in ratios if np.isfinite(r)]
         scaled: FloatArray = self.one_site.losses() * (float(np.median(finite)) if finite else 1.0)
         return scaled
-
-    def _inside(self, limit: IntArray) -> list[Evaluation]:
-        """Evaluations at the rung within the limits on costs, the best first."""
-        found = [e for (rung, _), e in self.seen.items() if rung == self.raced and np.isfinite(fitness(e))]
-        fits = self.tables.fits([e.plan for e in found], limit) if found else []
-        return sorted((e for e, ok in zip(found, fits, strict=True) if ok), key=lambda e: (fitness(e), e.plan))
 
     def _climb(self, children: list[Plan]) -> Generator[list[Query], list[Evaluation], None]:
         """The child the model likes best, and one of the others by chance."""

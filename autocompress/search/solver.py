@@ -442,9 +442,7 @@ class Solver:
         tables = self.tables
         unit = np.where(limit < UNLIMITED, 1 / np.maximum(limit, 1), 0.0)
         dense = (0,) * len(tables.n_levels)
-        if (
-            tables.maxima
-        ):  # a maximum falls only when all that reach it do: single switches from one start often stop short
+        if tables.maxima:  # they fall only when all that reach them do: single switches from one start often stop short
             starts = [*starts, *tables.uniform_plans()]
         best: Solution | None = None
         for start in dict.fromkeys([*starts, dense]):

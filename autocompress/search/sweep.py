@@ -37,6 +37,11 @@ class OneSite:
         pairs = itertools.pairwise(self.tables.offsets)
         return [[int(v) for v in np.argsort(self.saved[a:b], kind="stable")] for a, b in pairs]
 
+    def ladder(self, steps: int = 64) -> list[Plan]:
+        """Distinct plans that go equally far at every site, from dense to the most saving level of each."""
+        shares = [i / steps for i in range(steps + 1)]
+        return list(dict.fromkeys(tuple(o[round(share * (len(o) - 1))] for o in self.by_saving) for share in shares))
+
     def passes(self) -> list[list[Plan]]:
         """Plans to measure: one list a pass, at most one plan a site in each."""
         orders = [self._order(site) for site in range(len(self.space.sites))]

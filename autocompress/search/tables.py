@@ -179,7 +179,7 @@ class CostTables:
         Averaged over columns. Formats that only pay in company (quantize nodes between neighbours) show in a cheap context.
         # (n_options,)
         """
-        dense = np.maximum(self.cost([(0,) * len(self.n_levels)])[0], 1)
+        dense = np.maximum(self.dense, 1)
         saved = np.zeros(self.n_options)
         for context in contexts:
             delta = self.deltas(context)
