@@ -19,8 +19,7 @@ from torch.nn import functional as F
 from autocompress.features import Feature, Features
 from autocompress.graph import Graph, Op
 from autocompress.methods import ChannelPruning, StaticInt8, WeightQuant, handler_of
-from autocompress.space import GROUP_4BIT
-from autocompress.types import METRICS, CostFactor, IntArray, Kernel, LatencyModel, Plan, SearchSpace, cost_key
+from autocompress.types import METRICS, CostFactor, IntArray, Kernel, LatencyModel, Plan, SearchSpace, Storage, cost_key
 
 CHUNK = 512
 """Plans that are looked at together."""
@@ -35,7 +34,9 @@ NAMED = {"w8": 9, "int8": 9, "w4": 5}
 FACTOR_NAMED = 14
 """These means are for layers' names of so many letters; a file repeats a longer one so often for a stored format, and for a
 second factor."""
-STATIC = ("macs", "params", "size_mb")
+STATIC = ("macs", "params", "size_mb", "nonzeros", "weight_bits")
+MILLIONTHS = 1_000_000
+"""``weight_bits`` is an average; its table has millionths of it, so that operators' shares add up."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +88,7 @@ class CostModel:
         self._given = {n.name for n in nodes if n.op == "placeholder" and readers.count(n.name) == 1}
         self._stored = _constants(graph)
         self._templates = tuple(self._template(op) for op in graph.ops)
+        self._weights = sum(_weights_of(graph, name) for name in graph.layers) or 1
         self._features = Features([t.features for t in self._templates], space.n_levels, self._rows)
         self._live = self._live_results()
         self._positions = np.array([math.prod(self._shape(t.op.result, 1)) for t in self._templates], dtype=np.int64)
@@ -317,24 +319,32 @@ class CostModel:
         return rows
 
     def _static(self, template: _Template, row: tuple[int, ...], kernels: Sequence[Kernel]) -> IntArray:
-        """MACs, parameters and bytes of an operator; of two factors only the second has the bias."""
+        """The columns ``STATIC`` of an operator; of two factors only the second has the bias."""
         if not kernels:
-            return np.zeros(3, dtype=np.int64)
+            return np.zeros(len(STATIC), dtype=np.int64)
         heavy = [kernel for kernel in kernels if kernel.weights and not template.tied]
         refitted = template.groups == 1 and row[2] < template.dense_inputs
         light = sum(kernel.macs for kernel in kernels if not kernel.weights)  # products without weights: attention
-        total = np.array([light, 0, 0 if heavy else NODE_BYTES], dtype=np.int64)
+        total = np.array([light, 0, 0 if heavy else NODE_BYTES, 0, 0], dtype=np.int64)
         steps = self.space.levels[template.layer_site][row[1]].steps if template.layer_site is not None else ()
         weights_only = any(isinstance(step, WeightQuant) for step in steps)
+        group = next((step.group for step in steps if isinstance(step, WeightQuant)), 0)
         for kernel in heavy:
             stored = replace(kernel, format="w8") if weights_only and kernel.format == "int8" else kernel
-            total += _static_costs(stored, kernel is heavy[-1] and (template.bias or refitted or len(heavy) > 1))
+            bias = kernel is heavy[-1] and (template.bias or refitted or len(heavy) > 1)
+            total[:3] += _static_costs(stored, bias, group)
+            kept = Storage(kernel.weights)
+            for step in steps:
+                kept = step.store(kernel, kept)
+            total[3] += kept.values + bias * kernel.out_shape[0]
+            if template.op.layer is not None:
+                total[4] += round(MILLIONTHS * kept.total_bits / self._weights)
         longer = max(0, len(template.op.layer or "") - NAME)
         total[2] += longer * (sum(NAMED.get(kernel.format, 0) for kernel in heavy) + FACTOR_NAMED * len(heavy[1:]))
         if template.op.kind == "batch_norm":  # factor, shift, mean and variance of each channel
-            total += np.array([0, 4 * row[3], 16 * row[3]])
+            total += np.array([0, 4 * row[3], 16 * row[3], 4 * row[3], 0])
         if template.op.kind == "norm":
-            total += np.array([0, row[3], 4 * row[3]])
+            total += np.array([0, row[3], 4 * row[3], row[3], 0])
         written = row[-1] + (len(heavy) > 1 and heavy[0].format == "int8")
         flags = row[3 + len(template.op.inputs) :]
         written += sum(flag for name, flag in zip(template.op.inputs, flags, strict=False) if name in self._given)
@@ -344,7 +354,7 @@ class CostModel:
     def _overhead(self) -> IntArray:
         """Costs of running anything at all."""
         fixed = [int(getattr(profile, "overhead_ns", 0)) for profile in self.profiles.values()]
-        return np.array([*fixed, 0, self._stored, self.base_bytes], dtype=np.int64)
+        return np.array([*fixed, 0, self._stored, self.base_bytes, self._stored, 0], dtype=np.int64)
 
     def _live_results(self) -> IntArray:
         """For each operator in order: which operators' results are live while it runs, itself included.  # (n_ops, n_ops)"""
@@ -378,8 +388,16 @@ def _constants(graph: Graph) -> int:
     return sum(operator.attrgetter(name)(graph.module).numel() for name in free)
 
 
-def _static_costs(kernel: Kernel, bias: bool) -> IntArray:
-    """MACs, parameters and file bytes of one convolution or linear layer, as ``onnx_quant`` writes it."""
+def _weights_of(graph: Graph, layer: str) -> int:
+    """Number of a dense layer's weights."""
+    return int(graph.module.get_submodule(layer).weight.numel())  # type: ignore[operator]
+
+
+def _static_costs(kernel: Kernel, bias: bool, group: int) -> IntArray:
+    """MACs, parameters and file bytes of one convolution or linear layer, as ``onnx_quant`` writes it.
+
+    ``group``: inputs with one scale, 0 for an output channel's.
+    """
     weights, outputs = kernel.weights, kernel.out_shape[0]
     biases = outputs * bias
     if kernel.format == "float":
@@ -389,6 +407,7 @@ def _static_costs(kernel: Kernel, bias: bool) -> IntArray:
     elif kernel.format == "w8":
         size = weights + 5 * outputs + 4 * biases + DEQUANTIZE_BYTES
     else:
-        blocks = -(-kernel.in_shape[0] // kernel.groups // GROUP_4BIT) * kernel.kernel[0] * kernel.kernel[1]
+        columns = kernel.in_shape[0] // kernel.groups
+        blocks = -(-columns // group) * kernel.kernel[0] * kernel.kernel[1] if group else 1
         size = -(-weights // 2) + 4 * outputs * blocks + 4 * biases + DEQUANTIZE_BYTES
     return np.array([kernel.macs, weights + biases, size + LAYER_BYTES], dtype=np.int64)

@@ -11,6 +11,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
 from autocompress.deploy import fold_norm
-from autocompress.errors import Cancelled, StoreError
+from autocompress.errors import Cancelled, StoreError, UnsupportedModel
 from autocompress.files import write_atomically
 from autocompress.fitness import images_last
 from autocompress.gram import (
@@ -37,9 +38,10 @@ from autocompress.graph import Graph, Keep, Layer, aliases, make_layer, rebuild,
 from autocompress.methods import ChannelPruning, LayerContext, LowRank, StaticInt8, handler_of
 from autocompress.methods.pruning import l2_importance, obs_order, taylor_importance
 from autocompress.methods.quantization import ActivationQuant
+from autocompress.prefix import ByteCache
 from autocompress.results import Importance
 from autocompress.tasks import Task
-from autocompress.types import Plan, SearchSpace, digest
+from autocompress.types import MethodConfig, Plan, SearchSpace, digest
 
 VERSION = 4
 GRAM_IMAGES = 1024
@@ -50,6 +52,9 @@ RANGE_IMAGES = 64
 CHUNK_LAYERS = 12
 BATCH = 64
 CACHE_BYTES = 512 * 2**20
+CONTEXT_BYTES = 512 * 2**20
+CONTEXT_SHARE = 8
+"""A Gram matrix, and in double precision its Hessian with what methods factorize, in sizes of the Gram matrix."""
 
 Weights = tuple[Tensor, Tensor]
 
@@ -74,6 +79,7 @@ class LevelDatabase:
         self._orders: dict[str, npt.NDArray[np.int64]] = {}
         self._cache: OrderedDict[tuple[object, ...], Weights] = OrderedDict()
         self._cache_bytes = 0
+        self._contexts: ByteCache[tuple[object, ...], LayerContext] = ByteCache(CONTEXT_BYTES)
         self._site = {site.name: i for i, site in enumerate(space.sites)}
         self._folded: dict[str, Weights] = {}
 
@@ -252,55 +258,80 @@ class LevelDatabase:
         return model
 
     def layer_modules(
-        self, layer: Layer, columns: npt.NDArray[np.intp], rows: npt.NDArray[np.intp], steps: Sequence[object]
+        self, layer: Layer, columns: npt.NDArray[np.intp], rows: npt.NDArray[np.intp], steps: Sequence[MethodConfig]
     ) -> dict[str, nn.Module]:
         """The live layer, and its norm if it has one, at these channels: all that a plan decides about it."""
         pruned = len(columns) < len(layer.inputs) and not layer.depthwise
         reshaped = any(isinstance(step, LowRank) for step in steps)
-        if not pruned and not reshaped:
+        if not pruned and not any(step.fitted for step in steps):
             return self.sliced(layer, columns, rows, steps)
-        weight, bias = self.refitted(layer, columns)
+        weight, bias = self.refitted(layer, columns) if pruned or reshaped else self.folded(layer.name)
+        like, index = self.graph.module.get_submodule(layer.name), torch.from_numpy(rows)
+        biased = pruned or reshaped or layer.norm is not None or like.bias is not None  # as the cost tables have it
+        return self.neutral(
+            layer, weight[index], bias[index] if biased else None, self.context(layer, columns, weight), steps
+        )
+
+    def context(self, layer: Layer, columns: npt.NDArray[np.intp], weight: Tensor) -> LayerContext:
+        """What methods may know of a layer behind the kept inputs; kept, with what they factorize, for all its levels."""
+        key = (layer.name, columns.tobytes())
+        found = self._contexts.get(key)
+        if found is not None:
+            return found
         gram = self.gram(layer.name)
-        if gram is not None:
+        if gram is not None and len(columns) < len(layer.inputs):
             kept = torch.cat([columns_of(columns, weight[0, 0].numel()), torch.tensor([len(gram) - 1])])
             gram = gram[kept][:, kept]
-        index = torch.from_numpy(rows)
-        return self.neutral(layer, weight[index], bias[index], gram, steps)
+        size = 0 if gram is None else CONTEXT_SHARE * gram.nbytes
+        return self._contexts.put(key, LayerContext(gram), size)
 
     def sliced(
-        self, layer: Layer, columns: npt.NDArray[np.intp], rows: npt.NDArray[np.intp], steps: Sequence[object]
+        self, layer: Layer, columns: npt.NDArray[np.intp], rows: npt.NDArray[np.intp], steps: Sequence[MethodConfig]
     ) -> dict[str, nn.Module]:
         """The original layer and norm at the kept channels, with formats applied."""
         made = slice_layer(self.graph, layer, columns, rows)
-        made[layer.name] = apply_steps(made[layer.name], steps, None)
+        made[layer.name] = self._applied(layer, made[layer.name], steps, LayerContext())
         if layer.norm:
             made[layer.norm] = slice_channelwise(self.graph.module.get_submodule(layer.norm), rows)
         return made
 
     def neutral(
-        self, layer: Layer, weight: Tensor, bias: Tensor | None, gram: Tensor | None, steps: Sequence[object]
+        self, layer: Layer, weight: Tensor, bias: Tensor | None, context: LayerContext, steps: Sequence[MethodConfig]
     ) -> dict[str, nn.Module]:
         """A layer from folded weights; its norm gets the statistics of its new outputs, so it is live and changes nothing.
 
         ``norm(W x) = W x + b`` with ``gamma = sqrt(var + eps)``, ``beta = mean + b``: training can go on from consistent
-        batch statistics, and folding gives back ``W, b``.
+        batch statistics, and folding gives back ``W, b``. What a method adds to the layer's bias goes there, too.
         """
         like = self.graph.module.get_submodule(layer.name)
         if layer.norm is None:
-            return {layer.name: apply_steps(make_layer(like, weight, bias), steps, gram)}
-        made = {layer.name: apply_steps(make_layer(like, weight, None), steps, gram)}
+            return {layer.name: self._applied(layer, make_layer(like, weight, bias), steps, context)}
+        start = torch.zeros(len(weight)) if bias is None else bias
+        part = self._applied(layer, make_layer(like, weight, start), steps, context)
+        last = part[-1] if isinstance(part, nn.Sequential) else part
+        bias, last.bias = cast(Tensor, last.bias).detach(), None  # type: ignore[assignment]
+        made: dict[str, nn.Module] = {layer.name: part}
         norm = copy.deepcopy(self.graph.module.get_submodule(layer.norm))
         assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
-        if gram is not None:
-            mean, variance = output_statistics(weight.flatten(1), gram)
+        if context.gram is not None:
+            mean, variance = output_statistics(weight.flatten(1), context.gram)
         else:
             mean, variance = torch.zeros(len(weight)), torch.ones(len(weight))
         norm.num_features = len(weight)
         norm.running_mean, norm.running_var = mean, variance
         norm.weight = nn.Parameter((variance.double() + norm.eps).sqrt().float(), requires_grad=False)
-        norm.bias = nn.Parameter(mean if bias is None else mean + bias, requires_grad=False)
+        norm.bias = nn.Parameter(mean + bias, requires_grad=False)
         made[layer.norm] = norm
         return made
+
+    def _applied(
+        self, layer: Layer, module: nn.Module, steps: Sequence[MethodConfig], context: LayerContext
+    ) -> nn.Module:
+        """:func:`apply_steps`; a refusal names the layer."""
+        try:
+            return apply_steps(module, steps, context)
+        except UnsupportedModel as error:
+            raise UnsupportedModel(f"Layer {layer.name!r}: {error}") from error
 
     # ------------------------------------------------------------ quantized activations
 
@@ -363,11 +394,10 @@ def freeze_ranges(model: nn.Module) -> None:
             setattr(model.get_submodule(parent), leaf, ActivationQuant(part.low, part.high))
 
 
-def apply_steps(module: nn.Module, steps: Sequence[object], gram: Tensor | None) -> nn.Module:
+def apply_steps(module: nn.Module, steps: Sequence[MethodConfig], context: LayerContext) -> nn.Module:
     """A plan's layer methods on one layer, in order."""
-    context = LayerContext(gram)
     for step in steps:
-        handler = handler_of(step)  # type: ignore[arg-type]
+        handler = handler_of(step)
         if handler is not None:
-            module = handler.apply(step, module, context)  # type: ignore[arg-type]
+            module = handler.apply(step, module, context)
     return module

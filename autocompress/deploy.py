@@ -2,7 +2,7 @@
 
 A *live* model is what ``stitch`` gives and recovery trains: convolutions beside their batch norms, weights behind
 straight-through fake quantizers. The *deployed* form computes the same in eval mode, is faster, and carries a
-:class:`PackedWeight` on every quantized layer.
+:class:`PackedWeight` on every quantized layer, and the other forms its weight has (``forms``).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from autocompress.graph import FOLDS, make_layer
+from autocompress.methods.base import forms_of
 from autocompress.methods.quantization import ActivationQuant, pack_weight, quantizer_of
 
 
@@ -76,11 +77,13 @@ def _deployed(part: Any, norm: nn.Module | None, grid: object) -> nn.Module:
     """A copy of one layer with its norm folded, its weight and (in int8) its bias rounded; other modules as they are."""
     if not isinstance(part, nn.Conv2d | nn.Linear):
         return part  # type: ignore[no-any-return]
-    quantizer = quantizer_of(part)
-    if quantizer is None and norm is None:
+    quantizer, forms = quantizer_of(part), forms_of(part)
+    if quantizer is None and norm is None and not forms:
         return part
     # Not a deep copy: copies of a parametrized module share its class, and removing the parametrization breaks both.
-    raw = part.parametrizations["weight"].original if quantizer is not None else part.weight  # type: ignore[index,union-attr]
+    raw = part.parametrizations["weight"].original if quantizer or forms else part.weight  # type: ignore[index,union-attr]
+    for form in forms:
+        raw = form(raw)
     weight, bias = fold_norm(raw, part.bias, norm)
     packed = pack_weight(weight, quantizer.bits, quantizer.group, quantizer.activations) if quantizer else None
     if packed is not None and packed.activations and isinstance(grid, ActivationQuant):
@@ -88,6 +91,8 @@ def _deployed(part: Any, norm: nn.Module | None, grid: object) -> nn.Module:
     new = make_layer(part, packed.dequantize() if packed else weight, bias if norm or part.bias is not None else None)
     if packed is not None:
         new.packed = packed  # type: ignore[assignment]
+    if forms:
+        new.forms = forms  # type: ignore[assignment]
     return new
 
 

@@ -44,6 +44,8 @@ from autocompress.types import Int8Format
 
 Exporter = Literal["dynamo", "legacy"]
 EXPORTERS: tuple[Exporter, ...] = ("dynamo", "legacy")
+COUNTED = ("int8", "w8", "w4", "lowrank", "sparse")
+"""Methods whose layers are counted in the file."""
 TWIN_NUMBERS = 1024
 """Smaller matrices are not worth a node."""
 LEGACY_OPSET = 20
@@ -359,7 +361,8 @@ def _coverage(
 ) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
     """Method -> expected and found, and why layers are missing.
 
-    ``int8`` counts layers that ONNX Runtime computes on integers; ``w8`` and ``w4`` count stored weights.
+    ``int8`` counts layers that ONNX Runtime computes on integers; ``w8`` and ``w4`` count stored weights; the forms of weights
+    (``sparse``) are looked for in the numbers of the file.
     """
     families: dict[str, list[str]] = {}
     for name, packed in grids.weights.items():
@@ -380,15 +383,33 @@ def _coverage(
     pairs = _factor_pairs(model)
     families["lowrank"] = list(pairs)
     stored["lowrank"] = [name for name, layers in pairs.items() if all(_has_layer(proto, n) for n in layers)]
+    for name, module in model.named_modules():
+        for form in getattr(module, "forms", ()):
+            families.setdefault(form.family, []).append(name)
+            weight = _weight_in_file(proto, name, module, grids)
+            if weight is not None and form.holds(weight):
+                stored.setdefault(form.family, []).append(name)
     for name in expected:
-        if name not in ("int8", "w8", "w4", "lowrank"):
-            raise UnknownName("method to count in the file", name, ("int8", "w8", "w4", "lowrank"))
+        if name not in COUNTED:
+            raise UnknownName("method to count in the file", name, COUNTED)
     coverage = {
         key: {"expected": expected.get(key, len(families.get(key, []))), "found": len(stored.get(key, []))}
-        for key in ("int8", "w8", "w4", "lowrank")
+        for key in COUNTED
         if families.get(key) or expected.get(key)
     }
     return coverage, missing
+
+
+def _weight_in_file(proto: onnx.ModelProto, name: str, module: nn.Module, grids: Grids) -> Tensor | None:
+    """A layer's weight as the file holds it, in the layer's shape; integers stand for themselves."""
+    if name in grids.weights:  # that these are the file's has been checked
+        return grids.weights[name].integers
+    tensor = next((t for t in proto.graph.initializer if t.name == f"{name}.weight"), None)
+    if tensor is None:
+        return None
+    found, weight = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()), cast(Tensor, module.weight).detach()
+    ways = (found, found.T.contiguous()) if found.ndim == 2 else (found,)  # a MatMul's matrix lies the other way round
+    return next((way for way in ways if torch.equal(way, weight)), None)
 
 
 def _optimized(proto: onnx.ModelProto) -> onnx.ModelProto:

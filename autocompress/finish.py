@@ -21,7 +21,7 @@ from autocompress.deploy import fold_norm, set_submodule
 from autocompress.errors import Cancelled
 from autocompress.gram import Moments, output_rows, positions, solve, unfold
 from autocompress.graph import Keep, Layer
-from autocompress.methods import LowRank
+from autocompress.methods import LayerContext, LowRank
 from autocompress.methods.quantization import ActivationQuant
 from autocompress.op_kinds import is_relu, relu_ceiling
 from autocompress.types import Plan
@@ -123,7 +123,7 @@ class _Refit:
         weight, bias = solution[:, :-1].float(), solution[:, -1].float() if biased else None
         kept = len(layer.kept_outputs(self.keep)), len(layer.kept_inputs(self.keep))
         shape = (*kept, *self.database.folded(layer.name)[0].shape[2:])
-        made = self.database.neutral(layer, weight.reshape(shape), bias, moments.gram, steps)
+        made = self.database.neutral(layer, weight.reshape(shape), bias, LayerContext(moments.gram), steps)
         for name, part in made.items():
             self._install(name, part, layer)
         self._calibrate_inside(layer, source)

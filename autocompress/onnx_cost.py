@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from autocompress.errors import UsageError
 from autocompress.onnx_file import first_line, load_model
@@ -34,12 +34,33 @@ _GRID_INPUTS = {
 
 def count_params(model: ModelProto) -> int:
     """Weights and biases, whatever their format; scales, zero points, scalars, shapes and indices do not count."""
+    return sum(math.prod(t.dims) for t in _weights(model))
+
+
+def count_nonzeros(model: ModelProto) -> int:
+    """Those of :func:`count_params` that are not zero; what stands for zero in unsigned integers is their zero point."""
+    zero_points = {
+        node.input[0]: node.input[2]
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and len(node.input) > 2
+    }
+    tensors = {t.name: t for t in model.graph.initializer}
+    total = 0
+    for tensor in _weights(model):
+        values = numpy_helper.to_array(tensor)
+        zero = tensors.get(zero_points.get(tensor.name, ""))
+        level = 0 if zero is None else numpy_helper.to_array(zero).flat[0]
+        total += int((values != level).sum())
+    return total
+
+
+def _weights(model: ModelProto) -> list[TensorProto]:
+    """Initializers that are weights and biases."""
     grids = {
         node.input[i] for node in model.graph.node for i in _GRID_INPUTS.get(node.op_type, ()) if i < len(node.input)
     }
     indices = (TensorProto.INT64, TensorProto.BOOL, TensorProto.STRING)
-    counted = [t for t in model.graph.initializer if t.dims and t.data_type not in indices and t.name not in grids]
-    return sum(math.prod(t.dims) for t in counted)
+    return [t for t in model.graph.initializer if t.dims and t.data_type not in indices and t.name not in grids]
 
 
 def count_macs(model: ModelProto) -> int:
@@ -78,12 +99,15 @@ def _node_macs(node: NodeProto, shapes: dict[str, list[int]]) -> int:
     return math.prod(output) * (weight[-1] if transposed else weight[-2])
 
 
-def file_costs(path: Path | str, metrics: Collection[str] = ("size_mb", "params", "macs")) -> dict[str, float]:
-    """Those of ``size_mb``, ``params`` and ``macs`` that are asked for, in the units of ``types.METRICS``."""
+def file_costs(
+    path: Path | str, metrics: Collection[str] = ("size_mb", "params", "macs", "nonzeros")
+) -> dict[str, float]:
+    """Those of ``size_mb``, ``params``, ``macs`` and ``nonzeros`` that are asked for, in the units of ``types.METRICS``."""
     model = load_model(path)
     count: dict[str, Callable[[], float]] = {
         "size_mb": lambda: Path(path).stat().st_size / 1e6,
         "params": lambda: float(count_params(model)),
         "macs": lambda: float(count_macs(model)),
+        "nonzeros": lambda: float(count_nonzeros(model)),
     }
     return {name: value() for name, value in count.items() if name in metrics}

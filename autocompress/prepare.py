@@ -29,6 +29,8 @@ from autocompress.space import make_space
 from autocompress.tasks import Task, check, load_task
 from autocompress.types import METRICS, Budget, Int8Format, Kernel, Plan, SearchSpace
 
+COUNTED = ("macs", "params", "nonzeros", "weight_bits")
+"""Costs that need no device and no file."""
 LOCAL_SECONDS = 45
 """Time to measure this model's shapes when ``local`` has no profile yet."""
 SCALE_SECONDS = 3
@@ -94,14 +96,14 @@ def prepare(
         raise Cancelled("Stopped before the search; what was prepared is kept.")
     costs = CostModel(graph, space, profiles, original.bytes)
     dense = costs.in_units(space.dense)
-    return Prepared(task, graph, space, database, costs, original, profiles, dense, _notes(graph, task, request))
+    return Prepared(task, graph, space, database, costs, original, profiles, dense, _notes(graph, space, task, request))
 
 
 def _refuse_impossible(graph: Graph, space: SearchSpace, budgets: Sequence[Budget]) -> None:
     """Budgets on what needs no device and no file are judged before anything long begins."""
     costs = CostModel(graph, space, {})
     dense = costs.in_units(space.dense)
-    check_feasible(space, costs, [b.absolute(dense) for b in budgets if b.metric in ("macs", "params")])
+    check_feasible(space, costs, [b.absolute(dense) for b in budgets if b.metric in COUNTED])
 
 
 def offered(task: Task, request: Request) -> list[str]:
@@ -113,13 +115,23 @@ def offered(task: Task, request: Request) -> list[str]:
     return found
 
 
-def _notes(graph: Graph, task: Task, request: Request) -> tuple[str, ...]:
+def _notes(graph: Graph, space: SearchSpace, task: Task, request: Request) -> tuple[str, ...]:
     withheld = [
         f"{name} is not offered on this task: {task.withheld[name]}."
         for name in request.methods
         if name in task.withheld
     ]
-    return (*withheld, *_unpruned(graph, request))
+    return (*withheld, *_simulated(space), *_unpruned(graph, request))
+
+
+def _simulated(space: SearchSpace) -> tuple[str, ...]:
+    """What levels are judged exactly, but gain nothing in the file that is written."""
+    steps = {step for levels in space.levels for level in levels for step in level.steps}
+    names = sorted({type(step).__name__.lower() for step in steps if step.exports == "simulated"})
+    return tuple(
+        f"Levels of '{name}' are simulated: the file has their weights as floats, and is no smaller and no faster for them."
+        for name in names
+    )
 
 
 def _unpruned(graph: Graph, request: Request) -> tuple[str, ...]:

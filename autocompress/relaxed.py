@@ -29,10 +29,10 @@ from torch import Tensor, fx, nn
 from autocompress.database import LevelDatabase
 from autocompress.deploy import deploy_layer
 from autocompress.graph import Keep, Layer
-from autocompress.methods import LowRank, StaticInt8
+from autocompress.methods import StaticInt8
 from autocompress.methods.quantization import ActivationQuant
 from autocompress.prefix import ByteCache
-from autocompress.types import Plan, best_levels
+from autocompress.types import MethodConfig, Plan, best_levels
 
 CACHE_BYTES = 512 * 2**20
 """Effective weights of levels that are kept."""
@@ -40,7 +40,7 @@ CACHE_BYTES = 512 * 2**20
 FloatArray = npt.NDArray[np.float64]
 Affine = tuple[Tensor, Tensor]
 """Weight and bias in the dense layer's shape, norm folded."""
-Option = tuple[int, Keep, Sequence[object]]
+Option = tuple[int, Keep, Sequence[MethodConfig]]
 """Number of a (site, level) pair, the channels and the layer's methods once it is taken."""
 
 
@@ -144,14 +144,14 @@ class Relaxed:
             other = self._affine(layer, keep, steps)
             gradient[option] += float(((other[0] - base[0]) * weight).sum() + ((other[1] - base[1]) * bias).sum())
 
-    def _affine(self, layer: Layer, keep: Keep, steps: Sequence[object]) -> Affine:
+    def _affine(self, layer: Layer, keep: Keep, steps: Sequence[MethodConfig]) -> Affine:
         """What a plan makes of a layer, with zeros where it has no columns.
 
-        Factors depend on the outputs that are kept; outputs that are not stay as they are without factors.
+        Fitted methods depend on the outputs that are kept; outputs that are not stay as they are without them.
         """
         every = np.arange(len(layer.outputs))
         columns = np.arange(len(layer.inputs)) if layer.depthwise else layer.kept_inputs(keep)
-        rows = layer.kept_outputs(keep) if any(isinstance(step, LowRank) for step in steps) else every
+        rows = layer.kept_outputs(keep) if any(step.fitted for step in steps) else every
         key = (layer.name, columns.tobytes(), rows.tobytes(), steps)
         found = self._made.get(key)
         if found is not None:

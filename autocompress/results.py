@@ -15,7 +15,10 @@ Stage = Literal["task", "graph", "database", "profile", "search", "refit", "reco
 STAGES: tuple[Stage, ...] = ("task", "graph", "database", "profile", "search", "refit", "recover", "export", "verify")
 
 METHOD_FAMILIES = ("channels", "blocks", "lowrank", "int8", "w8", "w4")
-"""The families a search may use; ``--methods`` picks some of them."""
+"""The families a search uses unless ``--methods`` says otherwise."""
+RESEARCH_FAMILIES = ("sparse", "sparse-obc", "sparse-magnitude")
+"""What a user must name: no runtime here gains by it; budgets for it are ``nonzeros`` and ``weight_bits``."""
+ALL_FAMILIES = (*METHOD_FAMILIES, *RESEARCH_FAMILIES)
 
 
 Importance = Literal["l2", "taylor", "obs"]

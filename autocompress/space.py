@@ -15,14 +15,19 @@ from torch import Tensor, nn
 
 from autocompress.errors import UnknownName, UsageError
 from autocompress.graph import Graph, Group, Layer
-from autocompress.methods import BlockDrop, LowRank, StaticInt8, WeightQuant
+from autocompress.methods import BlockDrop, LowRank, Sparse, StaticInt8, WeightQuant
 from autocompress.methods.pruning import width_levels
-from autocompress.results import METHOD_FAMILIES, Importance
+from autocompress.methods.sparsity import By
+from autocompress.results import ALL_FAMILIES, METHOD_FAMILIES, Importance
 from autocompress.types import Level, SearchSpace, Site
 
 MIN_FACTORED = 1024
 """Layers with fewer weights get no low-rank levels: two tiny operators cost more than one."""
 GROUP_4BIT = 32
+SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
+PATTERNS = ((2, 4), (4, 8))
+"""So many weights live of so many neighbours."""
+SPARSE_BY: dict[str, By] = {"sparse": "sparsegpt", "sparse-obc": "obc", "sparse-magnitude": "magnitude"}
 
 
 def make_space(
@@ -30,8 +35,8 @@ def make_space(
 ) -> SearchSpace:
     """The space of the chosen families; raises if nothing is left to choose."""
     for family in families:
-        if family not in METHOD_FAMILIES:
-            raise UnknownName("method family", family, METHOD_FAMILIES)
+        if family not in ALL_FAMILIES:
+            raise UnknownName("method family", family, ALL_FAMILIES)
     found: list[tuple[Site, tuple[Level, ...]]] = []
     if "channels" in families:
         for group in graph.groups:
@@ -55,7 +60,7 @@ def make_space(
     if not found:
         raise UsageError(
             f"The methods {', '.join(families)} find nothing to choose in this model "
-            f"({len(graph.layers)} convolution and linear layers); allow more of {', '.join(METHOD_FAMILIES)}."
+            f"({len(graph.layers)} convolution and linear layers); allow more of {', '.join(ALL_FAMILIES)}."
         )
     return SearchSpace(tuple(site for site, _ in found), tuple(levels for _, levels in found))
 
@@ -83,6 +88,10 @@ def layer_levels(graph: Graph, layer: Layer, families: Collection[str]) -> tuple
         levels.append(Level((WeightQuant(8),)))
     if "w4" in families:
         levels.append(Level((WeightQuant(4, GROUP_4BIT),)))
+    for family, by in SPARSE_BY.items():
+        if family in families:
+            levels += [Level((Sparse(sparsity, by=by),)) for sparsity in SPARSITIES]
+            levels += [Level((Sparse(keep / of, keep, of, by),)) for keep, of in PATTERNS]
     return tuple(levels)
 
 

@@ -24,7 +24,7 @@ from autocompress.graph import Keep, Layer, aliases, slice_channelwise
 from autocompress.methods.quantization import ActivationQuant
 from autocompress.prefix import INPUT, Activations, ByteCache, Digest, Program, choose_cuts, find_cuts
 from autocompress.tasks import Split
-from autocompress.types import Plan
+from autocompress.types import MethodConfig, Plan
 
 LAYER_BYTES = 256 * 2**20
 REFERENCES = 2
@@ -112,7 +112,7 @@ class Stitched:
     # ------------------------------------------------------------ what nodes run
 
     def live(
-        self, layer: Layer, columns: Any, rows: Any, steps: Sequence[object]
+        self, layer: Layer, columns: Any, rows: Any, steps: Sequence[MethodConfig]
     ) -> tuple[Key, Mapping[str, nn.Module]]:
         """A layer and its norm before folding, and the key of all that decides them."""
         key = (layer.name, columns.tobytes(), rows.tobytes(), steps)

@@ -42,6 +42,20 @@ def digest(value: object) -> str:
 
 
 @dataclass(frozen=True)
+class Storage:
+    """How a layer's weights are stored: ``values`` that are not masked away, of ``bits`` each, and ``extra`` bits of masks,
+    scales, tables and outliers."""
+
+    values: int
+    bits: int = 32
+    extra: int = 0
+
+    @property
+    def total_bits(self) -> int:
+        return self.values * self.bits + self.extra
+
+
+@dataclass(frozen=True)
 class MethodConfig:
     """One method's settings. Subclasses live in ``methods/``; their handlers are registered by type."""
 
@@ -50,6 +64,15 @@ class MethodConfig:
     def describe(self) -> str:
         """A few words for tables, for example ``"keep 12/16"``."""
         return type(self).__name__
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the weights depend on the layer's inputs or on each other across outputs: then it acts on folded weights."""
+        return False
+
+    def store(self, kernel: Kernel, before: Storage) -> Storage:
+        """How the weights of one of the layer's kernels are stored once this step is taken."""
+        return before
 
     def to_json(self) -> dict[str, Any]:
         """Name and fields, the input of the level's hash."""
@@ -205,6 +228,14 @@ METRICS: dict[str, Metric] = {
         Metric("size_mb", "MB", "bytes of the ONNX file / 1e6", 1e-6),
         Metric("macs", "", "multiply-accumulates of one example"),
         Metric("params", "", "number of weights and biases after folding of batch norm"),
+        Metric("nonzeros", "", "weights and biases that no mask holds at zero"),
+        Metric(
+            "weight_bits",
+            "bits",
+            "bits of all weights of convolutions and linear layers, with scales, masks and tables, over the number of such "
+            "weights in the original (millionths inside)",
+            1e-6,
+        ),
         Metric("peak_mb", "MB", "peak bytes of live activations of one example / 1e6", 1e-6, additive=False),
         Metric(
             "accuracy_drop",

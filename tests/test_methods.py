@@ -16,7 +16,15 @@ from autocompress.deploy import fold_norm
 from autocompress.errors import UnsupportedModel
 from autocompress.gram import Moments, output_statistics, unfold
 from autocompress.graph import Graph, Group, trace
-from autocompress.methods import METHODS, ChannelPruning, LayerContext, LowRank, StaticInt8, WeightQuant, handler_of
+from autocompress.methods import (
+    METHODS,
+    ChannelPruning,
+    LayerContext,
+    LowRank,
+    StaticInt8,
+    WeightQuant,
+    handler_of,
+)
 from autocompress.methods.pruning import l2_importance, obs_order, taylor_importance, width_levels
 from autocompress.methods.quantization import ActivationQuant, PackedWeight, pack_weight, quantizer_of, weight_scale
 from autocompress.types import Kernel, MethodConfig

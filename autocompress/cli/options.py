@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from autocompress.errors import UsageError
-from autocompress.results import METHOD_FAMILIES, Request
+from autocompress.results import METHOD_FAMILIES, RESEARCH_FAMILIES, Request
 
 if TYPE_CHECKING:
     from autocompress.service.store import JobStore
@@ -57,7 +57,12 @@ WarmFrom = Annotated[
     typer.Option("--warm-from", metavar="FILE", help="Start from another job's ledger_start.json; repeats exactly."),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same front.")]
-Methods = Annotated[str, typer.Option("--methods", help="Families to search, joined by commas.")]
+Methods = Annotated[
+    str,
+    typer.Option(
+        "--methods", help=f"Families to search, joined by commas; to be named: {', '.join(RESEARCH_FAMILIES)}."
+    ),
+]
 Importance = Annotated[str, typer.Option("--importance", help=f"How channels are ranked: {', '.join(IMPORTANCES)}.")]
 Profiles = Annotated[
     list[str] | None,

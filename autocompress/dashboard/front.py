@@ -46,6 +46,8 @@ _TITLES = {
     "size_mb": "ONNX file",
     "macs": "MACs",
     "params": "parameters",
+    "nonzeros": "nonzeros",
+    "weight_bits": "bits a weight",
     "peak_mb": "peak activations",
     "accuracy_drop": "accuracy drop",
 }

@@ -6,11 +6,13 @@ A handler turns a dense layer into what the plan asks for, in three views that m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from autocompress.methods.hessian import Hessian
 from autocompress.registry import Registry
 from autocompress.types import Kernel, MethodConfig
 
@@ -23,6 +25,18 @@ class LayerContext:
     """
 
     gram: Tensor | None = None
+    _hessians: dict[bool, Hessian] = field(default_factory=dict)
+
+    def hessian(self, part: nn.Module, gram: Tensor | None) -> Hessian | None:
+        """The curvature of a layer's output error; the layer's own is kept for all its levels, a factor's is not."""
+        if gram is None:
+            return None
+        biased = getattr(part, "bias", None) is not None
+        if gram is not self.gram:
+            return Hessian(gram, biased)
+        if biased not in self._hessians:
+            self._hessians[biased] = Hessian(gram, biased)
+        return self._hessians[biased]
 
 
 class LayerMethod(Protocol):
@@ -35,6 +49,42 @@ class LayerMethod(Protocol):
     def apply(self, config: MethodConfig, layer: nn.Module, context: LayerContext) -> nn.Module:
         """A new module that replaces ``layer``; raises ``UnsupportedModel`` with the reason where it cannot."""
         ...
+
+
+class WeightForm(nn.Module):
+    """A parametrization that keeps a weight in a form while it is trained; a deployed layer carries its forms in ``forms``.
+
+    ``family``: what the certificate counts it under.
+    """
+
+    family: ClassVar[str]
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight in this form."""
+        raise NotImplementedError
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether a weight has the form, up to a factor for each output channel."""
+        raise NotImplementedError
+
+
+def forms_of(layer: nn.Module) -> tuple[WeightForm, ...]:
+    """The forms on a layer's weight, in order."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        return ()
+    return tuple(step for step in layer.parametrizations["weight"] if isinstance(step, WeightForm))  # type: ignore[index]
+
+
+def set_weight(part: nn.Conv2d | nn.Linear, weight: Tensor, shift: Tensor | None = None) -> None:
+    """New raw weights ``(out, n)`` and, where the layer has a bias, what is added to it ``(out,)``."""
+    shaped = weight.reshape(part.weight.shape).to(part.weight.dtype)
+    new = nn.Parameter(shaped.contiguous(), requires_grad=False)
+    if parametrize.is_parametrized(part, "weight"):
+        part.parametrizations["weight"].original = new  # type: ignore[index,union-attr]
+    else:
+        part.weight = new
+    if shift is not None and part.bias is not None:
+        part.bias = nn.Parameter((part.bias.detach().double() + shift).to(part.bias.dtype), requires_grad=False)
 
 
 _HANDLERS: dict[type[MethodConfig], LayerMethod] = {}

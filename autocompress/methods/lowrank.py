@@ -33,6 +33,10 @@ class LowRank(MethodConfig):
     def describe(self) -> str:
         return f"{self.split} rank {self.ratio:.0%}"
 
+    @property
+    def fitted(self) -> bool:
+        return True
+
     def rank(self, n_out: int, n_in: int, kernel: tuple[int, int]) -> int:
         """Largest rank whose factors hold at most ``ratio`` of the weights, at least 1."""
         kh, kw = kernel

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from autocompress.errors import UnsupportedModel
 from autocompress.methods.base import LayerContext, handles
-from autocompress.types import Kernel, MethodConfig
+from autocompress.types import Kernel, MethodConfig, Storage
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class WeightQuant(MethodConfig):
     def describe(self) -> str:
         return f"{self.bits}-bit weights" + (f" in groups of {self.group}" if self.group else "")
 
+    def store(self, kernel: Kernel, before: Storage) -> Storage:
+        return _stored(kernel, before, self.bits, self.group)
+
 
 @dataclass(frozen=True)
 class StaticInt8(MethodConfig):
@@ -41,6 +44,16 @@ class StaticInt8(MethodConfig):
 
     def describe(self) -> str:
         return "int8"
+
+    def store(self, kernel: Kernel, before: Storage) -> Storage:
+        return _stored(kernel, before, 8, 0)
+
+
+def _stored(kernel: Kernel, before: Storage, bits: int, group: int) -> Storage:
+    """Integers, and a float scale an output channel or block."""
+    columns = kernel.in_shape[0] // kernel.groups
+    blocks = -(-columns // group) * kernel.kernel[0] * kernel.kernel[1] if group else 1
+    return Storage(before.values, bits, before.extra + 32 * kernel.out_shape[0] * blocks)
 
 
 @dataclass(frozen=True, eq=False)
