@@ -35,8 +35,8 @@ FACTOR_NAMED = 14
 """These means are for layers' names of so many letters; a file repeats a longer one so often for a stored format, and for a
 second factor."""
 STATIC = ("macs", "params", "size_mb", "nonzeros", "weight_bits")
-MILLIONTHS = 1_000_000
-"""``weight_bits`` is an average; its table has millionths of it, so that operators' shares add up."""
+BILLIONTHS = 1_000_000_000
+"""``weight_bits`` is an average; its table has billionths of it, so that operators' shares add up."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -338,7 +338,7 @@ class CostModel:
                 kept = step.store(kernel, kept)
             total[3] += kept.values + bias * kernel.out_shape[0]
             if template.op.layer is not None:
-                total[4] += round(MILLIONTHS * kept.total_bits / self._weights)
+                total[4] += round(BILLIONTHS * kept.total_bits / self._weights)
         longer = max(0, len(template.op.layer or "") - NAME)
         total[2] += longer * (sum(NAMED.get(kernel.format, 0) for kernel in heavy) + FACTOR_NAMED * len(heavy[1:]))
         if template.op.kind == "batch_norm":  # factor, shift, mean and variance of each channel

@@ -212,7 +212,7 @@ def expected_layers(made: Prepared, evaluation: Evaluation) -> dict[str, int]:
             elif isinstance(step, StaticInt8):
                 count["int8"] = count.get("int8", 0) + parts
             elif isinstance(step, WeightQuant):
-                key = "w4" if step.bits == 4 else "w8"
+                key = f"w{step.bits}"
                 count[key] = count.get(key, 0) + parts
             elif isinstance(step, Sparse):
                 count["sparse"] = count.get("sparse", 0) + parts

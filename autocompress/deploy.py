@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from autocompress.graph import FOLDS, make_layer
 from autocompress.methods.base import forms_of
-from autocompress.methods.quantization import ActivationQuant, pack_weight, quantizer_of
+from autocompress.methods.quantization import ActivationQuant, quantizer_of
 
 
 def fold_norm(weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
@@ -85,7 +85,7 @@ def _deployed(part: Any, norm: nn.Module | None, grid: object) -> nn.Module:
     for form in forms:
         raw = form(raw)
     weight, bias = fold_norm(raw, part.bias, norm)
-    packed = pack_weight(weight, quantizer.bits, quantizer.group, quantizer.activations) if quantizer else None
+    packed = quantizer.pack(weight, fold_norm(torch.ones(len(weight)), None, norm)[0]) if quantizer else None
     if packed is not None and packed.activations and isinstance(grid, ActivationQuant):
         bias = _on_grid(bias, torch.tensor(grid.scale) * packed.scale)
     new = make_layer(part, packed.dequantize() if packed else weight, bias if norm or part.bias is not None else None)

@@ -31,8 +31,10 @@ from autocompress.onnx_file import Artifact, first_line, open_session, parity, s
 from autocompress.onnx_quant import (
     ACTIVATION,
     DOMAIN,
+    FUSED_BLOCKS,
     WEIGHT,
     Grids,
+    dequantized_in_every_run,
     family,
     insert_quantization,
     quantized_by_runtime,
@@ -44,7 +46,7 @@ from autocompress.types import Int8Format
 
 Exporter = Literal["dynamo", "legacy"]
 EXPORTERS: tuple[Exporter, ...] = ("dynamo", "legacy")
-COUNTED = ("int8", "w8", "w4", "lowrank", "sparse")
+COUNTED = ("int8", "w8", "w4", "w3", "w2", "lowrank", "sparse")
 """Methods whose layers are counted in the file."""
 TWIN_NUMBERS = 1024
 """Smaller matrices are not worth a node."""
@@ -361,7 +363,7 @@ def _coverage(
 ) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
     """Method -> expected and found, and why layers are missing.
 
-    ``int8`` counts layers that ONNX Runtime computes on integers; ``w8`` and ``w4`` count stored weights; the forms of weights
+    ``int8`` counts layers that ONNX Runtime computes on integers; ``w8`` to ``w2`` count stored weights; the forms of weights
     (``sparse``) are looked for in the numbers of the file.
     """
     families: dict[str, list[str]] = {}
@@ -374,11 +376,15 @@ def _coverage(
             f"These weights are not stored as integers: {', '.join(as_float)}; nothing was written."
         )
     missing: dict[str, str] = {}
+    optimized = _optimized(proto) if grids.activations or grids.weights else proto
+    for name in dequantized_in_every_run(optimized, grids):
+        group = grids.weights[name].group
+        reason = f"; blocks are {', '.join(map(str, FUSED_BLOCKS))} or a whole channel, not {group}" if group else ""
+        missing[name] = f"its weight is stored as integers and dequantized in every run{reason}"
     if grids.activations:
-        optimized = _optimized(proto)
         if "int8" in families:
             stored["int8"] = run_as_integers(optimized, grids)
-            missing = {n: why_float(proto, n) for n in families["int8"] if n not in stored["int8"]}
+            missing |= {n: why_float(proto, n) for n in families["int8"] if n not in stored["int8"]}
         missing |= dict.fromkeys(quantized_by_runtime(optimized, grids), "a float layer that ONNX Runtime runs in int8")
     pairs = _factor_pairs(model)
     families["lowrank"] = list(pairs)

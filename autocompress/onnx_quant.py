@@ -52,17 +52,22 @@ class Grids:
     @property
     def opset(self) -> int:
         """The lowest opset that can say it: int4 and blocks need 21, all else is in 18."""
-        blocked = any(p.bits == 4 or p.group for p in self.weights.values())
+        blocked = any(stored_bits(p) == 4 or p.group for p in self.weights.values())
         return BLOCK_OPSET if blocked else 18
 
 
 def initializer_name(layer: str, packed: PackedWeight) -> str:
     """Name of a layer's integers in the file; it survives ONNX Runtime's optimizations."""
-    return f"{layer}.weight_int{packed.bits}"
+    return f"{layer}.weight_int{stored_bits(packed)}"
+
+
+def stored_bits(packed: PackedWeight) -> int:
+    """What a file takes for each integer: ONNX has no 3 bits, and 2 bits only in versions that runtimes here do not know."""
+    return 8 if packed.bits == 8 else 4
 
 
 def family(packed: PackedWeight) -> str:
-    """``int8`` (weights and activations), ``w8`` or ``w4`` (weights only)."""
+    """``int8`` (weights and activations), or weights only: ``w8``, ``w4``, ``w3``, ``w2``."""
     return "int8" if packed.activations else f"w{packed.bits}"
 
 
@@ -109,7 +114,8 @@ class _Surgeon:
                 for i, name in enumerate(node.input):
                     node.input[i] = self.alias.get(name, name)
                 self.nodes.append(node)
-        self._split_block_gemms()
+        self._split_gemms()
+        self._shield_products()
         self._shield_floats()
         _replace(self.graph.node, self.nodes)
         used = {i for n in self.nodes for i in n.input} | {o.name for o in self.graph.output}
@@ -155,7 +161,7 @@ class _Surgeon:
         attributes: dict[str, Any] = {"axis": axis} | ({"block_size": packed.group} if packed.group else {})
         stored = initializer_name(layer, packed)
         unsigned = packed.bits == 8 and self.int8_format == "u8u8"
-        self.made[stored] = integer_tensor(stored, integers, packed.bits, unsigned)
+        self.made[stored] = integer_tensor(stored, integers, stored_bits(packed), unsigned)
         inputs = [stored, self._constant(f"{layer}.weight_scale", scale)]
         if packed.activations or unsigned:
             # Zero is the default, but ONNX Runtime 1.32 fuses a Gemm only where it is written out.
@@ -207,39 +213,77 @@ class _Surgeon:
             helper.make_node("DequantizeLinear", inputs, [node.input[2]], f"{stem}.bias_dequantize", axis=0)
         )
 
-    def _split_block_gemms(self) -> None:
-        """A 4-bit ``Gemm`` in blocks becomes ``MatMul`` and ``Add``: only those run on 4 bits (MatMulNBits)."""
-        dequantized = {
-            n.output[0]: n for n in self.nodes if n.op_type == "DequantizeLinear" and n.input[0] in self.made
-        }
-        done, turned = list[NodeProto](), set[str]()
+    def _split_gemms(self) -> None:
+        """A ``Gemm`` on stored weights and float inputs becomes ``MatMul`` and ``Add``: only those run on the integers
+        (MatMulNBits), with the same grid whether its scales are an output channel's or a block's.
+        """
+        turned = self._turnable()
+        for source in turned.values():
+            self._transpose(source)
+        done = list[NodeProto]()
         for node in self.nodes:
-            source = dequantized.get(node.input[1]) if node.op_type == "Gemm" else None
-            settings = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-            plain = settings.get("alpha", 1.0) == settings.get("beta", 1.0) == 1.0 and not settings.get("transA", 0)
-            block = next((a.i for a in source.attribute if a.name == "block_size"), 0) if source is not None else 0
-            if source is None or block not in FUSED_BLOCKS or not plain:
+            if node.op_type != "Gemm" or node.input[1] not in turned:
                 done.append(node)
                 continue
-            if settings.get("transB", 0) and source.name not in turned:
-                self._transpose(source)
-                turned.add(source.name)
             product = f"{node.output[0]}_product" if len(node.input) > 2 else node.output[0]
             done.append(helper.make_node("MatMul", node.input[:2], [product], node.name))
             if len(node.input) > 2:
                 done.append(helper.make_node("Add", [product, node.input[2]], node.output, f"{node.name}.bias_add"))
         self.nodes = done
 
+    def _turnable(self) -> dict[str, NodeProto]:
+        """Output -> DequantizeLinear of a weight that one plain Gemm on float inputs reads (of two the runtime fuses neither)."""
+        readers: dict[str, list[NodeProto]] = {}
+        for node in self.nodes:
+            for name in node.input:
+                readers.setdefault(name, []).append(node)
+        found = {}
+        for node in self.nodes:
+            packed = self.grids.weights.get(node.name.removesuffix(".weight_dequantize"))
+            if node.op_type != "DequantizeLinear" or packed is None or packed.activations:
+                continue
+            fits = packed.group == 0 or packed.group in FUSED_BLOCKS
+            reading = readers.get(node.output[0], [])
+            if fits and len(reading) == 1 and self._is_plain_gemm(reading[0]):
+                found[node.output[0]] = node
+        return found
+
+    def _is_plain_gemm(self, node: NodeProto) -> bool:
+        """``x W^T + b`` of an input that is no grid's: between grids a Gemm runs on integers altogether."""
+        settings = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        plain = settings.get("alpha", 1.0) == settings.get("beta", 1.0) == 1.0 and not settings.get("transA", 0)
+        return node.op_type == "Gemm" and plain and settings.get("transB", 0) == 1 and not self._grid_of(node.input[0])
+
     def _transpose(self, source: NodeProto) -> None:
-        """Store the 4-bit matrix of one DequantizeLinear the other way round, with its scales and its axis."""
-        layer = source.name.removesuffix(".weight_dequantize")
-        packed = self.grids.weights[layer]
-        self.made[source.input[0]] = integer_tensor(source.input[0], packed.integers.numpy().T, packed.bits)
-        scale = np.ascontiguousarray(packed.scale.numpy().T.astype(np.float32))
-        self.made[source.input[1]] = numpy_helper.from_array(scale, source.input[1])
+        """Store the matrix of one DequantizeLinear the other way round, with its scales and its axis."""
+        packed = self.grids.weights[source.name.removesuffix(".weight_dequantize")]
+        unsigned = packed.bits == 8 and self.int8_format == "u8u8"
+        self.made[source.input[0]] = integer_tensor(
+            source.input[0], packed.integers.numpy().T, stored_bits(packed), unsigned
+        )
+        for name in source.input[1:]:  # scales, zero points
+            array = np.ascontiguousarray(numpy_helper.to_array(self.made[name]).T)
+            self.made[name] = numpy_helper.from_array(array, name)
         for attribute in source.attribute:
             if attribute.name == "axis":
                 attribute.i = 1 - attribute.i
+
+    def _shield_products(self) -> None:
+        """Keep ReLUs off products with stored weights: ONNX Runtime (seen in 1.32) fuses such a ReLU with a float product, and
+        then dequantizes the weight in every run. The identity is the one of :meth:`_shield_floats`.
+        """
+        weights = {f"{name}.weight_dequantize" for name, packed in self.grids.weights.items() if not packed.activations}
+        stored = {n.output[0] for n in self.nodes if n.name in weights}
+        products = {n.output[0] for n in self.nodes if n.op_type == "MatMul" and n.input[1] in stored}
+        products |= {n.output[0] for n in self.nodes if n.op_type == "Add" and products & set(n.input)}
+        done: list[NodeProto] = []
+        for node in self.nodes:
+            if node.op_type == "Relu" and node.input[0] in products:
+                source, shielded = node.input[0], f"{node.output[0]}_shielded"
+                done.append(helper.make_node("LeakyRelu", [source], [shielded], f"{shielded}_product", alpha=1.0))
+                node.input[0] = shielded
+            done.append(node)
+        self.nodes = done
 
     def _shield_floats(self) -> None:
         """Keep ONNX Runtime from quantizing float layers that stand between quantized tensors.
@@ -308,9 +352,21 @@ def stored_as_integers(model: ModelProto, grids: Grids) -> dict[str, list[str]]:
     for layer, packed in grids.weights.items():
         tensor = tensors.get(initializer_name(layer, packed))
         whole = tensor is not None and int(np.prod(tensor.dims)) == packed.integers.numel()
-        if whole and tensor is not None and tensor.data_type in types[packed.bits] and f"{layer}.weight" not in tensors:
+        if (
+            whole
+            and tensor is not None
+            and tensor.data_type in types[stored_bits(packed)]
+            and f"{layer}.weight" not in tensors
+        ):
             found.setdefault(family(packed), []).append(layer)
     return found
+
+
+def dequantized_in_every_run(optimized: ModelProto, grids: Grids) -> list[str]:
+    """Linear layers with stored weights that a graph optimized by ONNX Runtime turns into floats again."""
+    left = {n.input[0] for n in optimized.graph.node if n.op_type == "DequantizeLinear"}
+    linear = {name: p for name, p in grids.weights.items() if p.integers.ndim == 2 and not p.activations}
+    return [name for name, packed in linear.items() if initializer_name(name, packed) in left]
 
 
 def run_as_integers(optimized: ModelProto, grids: Grids) -> list[str]:

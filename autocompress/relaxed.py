@@ -159,17 +159,19 @@ class Relaxed:
         live = self.database.layer_modules(layer, columns, rows, steps)
         part = deploy_layer(live[layer.name], live[layer.norm] if layer.norm else None, None)
         small, shift = _composed(part)
-        if layer.depthwise:
-            weight, bias = small, shift
-        elif len(rows) < len(every):
+        at = torch.from_numpy(rows)
+        if len(rows) < len(every):
             whole = self._affine(layer, keep, ())
             weight, bias = whole[0].clone(), whole[1].clone()
-            weight[torch.from_numpy(rows)] = 0.0
-            bias[torch.from_numpy(rows)] = shift
+            weight[at] = 0.0
+            bias[at] = shift
         else:
-            weight, bias = small.new_zeros(len(every), len(layer.inputs), *small.shape[2:]), shift
-        if not layer.depthwise:
-            weight[torch.from_numpy(rows)[:, None], torch.from_numpy(columns)] = small
+            inputs = small.shape[1] if layer.depthwise else len(layer.inputs)
+            weight, bias = small.new_zeros(len(every), inputs, *small.shape[2:]), shift
+        if layer.depthwise:
+            weight[at] = small
+        else:
+            weight[at[:, None], torch.from_numpy(columns)] = small
         made = weight.detach().contiguous(), bias.detach()
         return self._made.put(key, made, sum(t.nbytes for t in made))
 

@@ -16,7 +16,16 @@ STAGES: tuple[Stage, ...] = ("task", "graph", "database", "profile", "search", "
 
 METHOD_FAMILIES = ("channels", "blocks", "lowrank", "int8", "w8", "w4")
 """The families a search uses unless ``--methods`` says otherwise."""
-RESEARCH_FAMILIES = ("sparse", "sparse-obc", "sparse-magnitude")
+RESEARCH_FAMILIES = (
+    "w3",
+    "w2",
+    "w4-nearest",
+    "w3-nearest",
+    "w2-nearest",
+    "sparse",
+    "sparse-obc",
+    "sparse-magnitude",
+)
 """What a user must name: no runtime here gains by it; budgets for it are ``nonzeros`` and ``weight_bits``."""
 ALL_FAMILIES = (*METHOD_FAMILIES, *RESEARCH_FAMILIES)
 

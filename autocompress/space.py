@@ -24,6 +24,17 @@ from autocompress.types import Level, SearchSpace, Site
 MIN_FACTORED = 1024
 """Layers with fewer weights get no low-rank levels: two tiny operators cost more than one."""
 GROUP_4BIT = 32
+GROUP_WIDE = 64
+"""Inputs with one scale at 2 and 3 bits: half a bit a weight for it."""
+ROUNDED: dict[str, tuple[WeightQuant, ...]] = {
+    "w8": (WeightQuant(8),),
+    "w4": (WeightQuant(4, GROUP_4BIT, "gptq"),),
+    "w3": (WeightQuant(3, GROUP_WIDE, "gptq"), WeightQuant(3, 0, "gptq")),
+    "w2": (WeightQuant(2, GROUP_WIDE, "gptq"), WeightQuant(2, 0, "gptq")),
+    "w4-nearest": (WeightQuant(4, GROUP_4BIT),),
+    "w3-nearest": (WeightQuant(3, GROUP_WIDE), WeightQuant(3)),
+    "w2-nearest": (WeightQuant(2, GROUP_WIDE), WeightQuant(2)),
+}
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 PATTERNS = ((2, 4), (4, 8))
 """So many weights live of so many neighbours."""
@@ -84,14 +95,13 @@ def layer_levels(graph: Graph, layer: Layer, families: Collection[str]) -> tuple
     if "int8" in families:
         levels.append(Level((StaticInt8(),)))
         levels += [Level((method, StaticInt8())) for method in factored[:1]]
-    if "w8" in families:
-        levels.append(Level((WeightQuant(8),)))
-    if "w4" in families:
-        levels.append(Level((WeightQuant(4, GROUP_4BIT),)))
+    rounded = [step for family, steps in ROUNDED.items() if family in families for step in steps]
+    levels += [Level((step,)) for step in rounded]
     for family, by in SPARSE_BY.items():
         if family in families:
             levels += [Level((Sparse(sparsity, by=by),)) for sparsity in SPARSITIES]
             levels += [Level((Sparse(keep / of, keep, of, by),)) for keep, of in PATTERNS]
+            levels += [Level((Sparse(SPARSITIES[0], by=by), step)) for step in rounded if step.fitted]
     return tuple(levels)
 
 

@@ -233,8 +233,8 @@ METRICS: dict[str, Metric] = {
             "weight_bits",
             "bits",
             "bits of all weights of convolutions and linear layers, with scales, masks and tables, over the number of such "
-            "weights in the original (millionths inside)",
-            1e-6,
+            "weights in the original (billionths inside)",
+            1e-9,
         ),
         Metric("peak_mb", "MB", "peak bytes of live activations of one example / 1e6", 1e-6, additive=False),
         Metric(

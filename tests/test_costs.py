@@ -217,7 +217,13 @@ def test_dropping_and_pruning_never_cost_more(made: dict[str, tuple[LevelDatabas
             assert row[0] < dense[0] and row[1] < dense[1] and (row <= dense).all()
 
 
-LABELS = ("int8", "8-bit weights", "4-bit weights in groups of 32", "channel rank 50%", "channel rank 50% + int8")
+LABELS = (
+    "int8",
+    "8-bit weights",
+    "4-bit weights in groups of 32 by GPTQ",
+    "channel rank 50%",
+    "channel rank 50% + int8",
+)
 
 
 @pytest.fixture(scope="module")

@@ -113,7 +113,7 @@ def test_formats_are_on_the_layers_that_asked_for_them(databases: dict[str, Leve
     for label, bits, activations in (
         ("int8", 8, True),
         ("8-bit weights", 8, False),
-        ("4-bit weights in groups of 32", 4, False),
+        ("4-bit weights in groups of 32 by GPTQ", 4, False),
     ):
         model = deploy(database.stitch(uniform(database.space, label)))
         found = [part.packed for part in model.modules() if isinstance(getattr(part, "packed", None), PackedWeight)]

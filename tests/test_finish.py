@@ -54,7 +54,9 @@ def test_dropped_blocks_are_made_good(databases: dict[str, LevelDatabase], name:
     assert finished < stitched
 
 
-@pytest.mark.parametrize("label", ["int8", "channel rank 50%", "channel rank 25%", "4-bit weights in groups of 32"])
+@pytest.mark.parametrize(
+    "label", ["int8", "channel rank 50%", "channel rank 25%", "4-bit weights in groups of 32 by GPTQ"]
+)
 def test_formats_are_kept_and_made_good(databases: dict[str, LevelDatabase], label: str) -> None:
     """All layers in one format, pruned as well: the finished model has the same formats and is closer."""
     database = databases["resnet-b"]

@@ -49,7 +49,7 @@ def both(database: LevelDatabase, label: str) -> Plan:
     return tuple(max(a, b, int(site.kind == "block")) for a, b, site in pairs)
 
 
-@pytest.mark.parametrize("label", ["dense", "int8", "4-bit weights in groups of 32", "channel rank 50% + int8"])
+@pytest.mark.parametrize("label", ["dense", "int8", "4-bit weights in groups of 32 by GPTQ", "channel rank 50% + int8"])
 def test_it_helps_with_every_format_and_keeps_it(database: LevelDatabase, label: str) -> None:
     plan = both(database, label)
     before, after = recovered(database, plan, replace(SHORT, steps=40, learning_rate=0.01))
@@ -129,7 +129,7 @@ def models(database: LevelDatabase, folder: Path, recovery: Recovery | None = SH
     )
 
 
-@pytest.mark.parametrize("label", ["dense", "int8", "channel rank 50% + int8", "4-bit weights in groups of 32"])
+@pytest.mark.parametrize("label", ["dense", "int8", "channel rank 50% + int8", "4-bit weights in groups of 32 by GPTQ"])
 def test_kept_models_come_back_to_the_bit(database: LevelDatabase, tmp_path: Path, label: str) -> None:
     plan, x = both(database, label), database.task.inputs(database.task.search)
     for rung in ("refitted", "recovered"):

@@ -91,8 +91,8 @@ class GraphBuilder:
         )
 
     def linear(self, x: str, name: str, widths: tuple[int, int], rows: int, form: str = "float") -> str:
-        """A linear layer: ``Gemm`` on ``(batch, c_in)``, or ``MatMul`` and ``Add`` on ``(batch, rows, c_in)``."""
-        if rows == 1 and form != "w4":
+        """A linear layer: ``Gemm`` on ``(batch, c_in)``, else (more rows, or stored weights) ``MatMul`` and ``Add``."""
+        if rows == 1 and form not in ("w8", "w4"):
             inputs = [
                 x,
                 self.weight(f"{name}_w", (widths[1], widths[0]), form),

@@ -1,5 +1,6 @@
 """Compressors: a frozen config a method, and a handler registered for its type (``base.py``)."""
 
+from autocompress.methods import gptq as gptq  # registers the handler of WeightQuant
 from autocompress.methods.base import METHODS, LayerContext, LayerMethod, handler_of
 from autocompress.methods.lowrank import LowRank
 from autocompress.methods.pruning import BlockDrop, ChannelPruning

@@ -1,4 +1,4 @@
-"""Weight quantization (8 and 4 bits) and static int8 with calibrated activations.
+"""Weight quantization (8, 4, 3 and 2 bits) and static int8 with calibrated activations.
 
 All grids are those of ONNX ``QuantizeLinear`` / ``DequantizeLinear``, so that what is searched is what is exported:
 
@@ -26,13 +26,22 @@ from autocompress.types import Kernel, MethodConfig, Storage
 
 @dataclass(frozen=True)
 class WeightQuant(MethodConfig):
-    """Weights rounded to ``bits``; activations stay float. Smaller, not faster, where the runtime dequantizes."""
+    """Weights rounded to ``bits``; activations stay float. Smaller, not faster, where the runtime dequantizes.
 
-    bits: Literal[4, 8] = 8
+    ``by``: to the nearest step of the widest grid, or as ``gptq.py`` does. 3- and 2-bit weights are stored in 4 bits.
+    """
+
+    bits: Literal[2, 3, 4, 8] = 8
     group: int = 0
+    by: Literal["nearest", "gptq"] = "nearest"
 
     def describe(self) -> str:
-        return f"{self.bits}-bit weights" + (f" in groups of {self.group}" if self.group else "")
+        name = f"{self.bits}-bit weights" + (f" in groups of {self.group}" if self.group else "")
+        return name + (" by GPTQ" if self.by == "gptq" else "")
+
+    @property
+    def fitted(self) -> bool:
+        return self.by == "gptq"
 
     def store(self, kernel: Kernel, before: Storage) -> Storage:
         return _stored(kernel, before, self.bits, self.group)
@@ -71,10 +80,10 @@ class PackedWeight:
     activations: bool = False
 
     def dequantize(self) -> Tensor:
-        return self.integers.to(torch.float32) * _spread(self.scale, self.integers.shape, self.group)
+        return self.integers.to(torch.float32) * spread(self.scale, self.integers.shape, self.group)
 
 
-def _spread(scale: Tensor, shape: torch.Size, group: int) -> Tensor:
+def spread(scale: Tensor, shape: torch.Size, group: int) -> Tensor:
     """Scales broadcast to the weight's shape."""
     if group == 0:
         return scale.reshape(-1, *[1] * (len(shape) - 1))
@@ -84,34 +93,53 @@ def _spread(scale: Tensor, shape: torch.Size, group: int) -> Tensor:
 def weight_scale(weight: Tensor, bits: int, group: int = 0) -> Tensor:
     """Scales by the largest magnitude; a channel or block of zeros gets scale 1.  # see :class:`PackedWeight`"""
     top = 2 ** (bits - 1) - 1
-    magnitude = weight.detach().abs()
-    if group == 0:
-        largest = magnitude.flatten(1).amax(dim=1)
-    else:
-        pad = -weight.shape[1] % group
-        padded = torch.cat([magnitude, magnitude.new_zeros(weight.shape[0], pad, *weight.shape[2:])], dim=1)
-        largest = torch.unflatten(padded, 1, (-1, group)).amax(dim=2)
+    largest = per_scale(weight.detach().abs(), group).amax(dim=-1)
     return torch.where(largest > 0, largest / top, torch.ones_like(largest)).to(torch.float32)
 
 
-def pack_weight(weight: Tensor, bits: int, group: int = 0, activations: bool = False) -> PackedWeight:
-    """Round to nearest on the weight's own grid."""
-    scale = weight_scale(weight, bits, group)
+def per_scale(values: Tensor, group: int) -> Tensor:
+    """What shares a scale, along a last axis; a shorter last block is filled with zeros.  # (*scale's shape, shared)"""
+    if group == 0:
+        return values.flatten(1)
+    pad = -values.shape[1] % group
+    padded = torch.cat([values, values.new_zeros(values.shape[0], pad, *values.shape[2:])], dim=1)
+    return torch.unflatten(padded, 1, (-1, group)).movedim(2, -1)
+
+
+def pack_weight(
+    weight: Tensor, bits: int, group: int = 0, activations: bool = False, scale: Tensor | None = None
+) -> PackedWeight:
+    """Round to nearest on the weight's own grid, or on the one with these scales."""
+    scale = weight_scale(weight, bits, group) if scale is None else scale
     top = 2 ** (bits - 1) - 1
-    ratio = weight.detach().to(torch.float32) / _spread(scale, weight.shape, group)
+    ratio = weight.detach().to(torch.float32) / spread(scale, weight.shape, group)
     return PackedWeight(ratio.round().clamp(-top, top).to(torch.int8), scale, bits, group, activations)
 
 
 class WeightFakeQuant(nn.Module):
-    """Parametrization ``w -> dequantize(quantize(w))`` with a straight-through gradient (Bengio et al. 2013)."""
+    """Parametrization ``w -> dequantize(quantize(w))`` with a straight-through gradient (Bengio et al. 2013).
 
-    def __init__(self, bits: int, group: int = 0, activations: bool = False) -> None:
+    ``scale``: of a grid that stays; without it the grid follows the weight's largest magnitudes.
+    """
+
+    scale: Tensor | None
+
+    def __init__(self, bits: int, group: int = 0, activations: bool = False, scale: Tensor | None = None) -> None:
         super().__init__()
         self.bits, self.group, self.activations = bits, group, activations
+        self.register_buffer("scale", scale)
 
     def forward(self, weight: Tensor) -> Tensor:
-        rounded = pack_weight(weight, self.bits, self.group).dequantize()
+        rounded = pack_weight(weight, self.bits, self.group, scale=self.scale).dequantize().to(weight.dtype)
         return weight + (rounded - weight).detach()
+
+    def pack(self, weight: Tensor, factor: Tensor) -> PackedWeight:
+        """Integers and scales of a folded weight; ``factor``: what folding multiplied each output channel by.  # (out,)"""
+        scale = self.scale
+        if scale is not None:
+            scale = scale * factor.abs().reshape(-1, *[1] * (scale.ndim - 1))
+            scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        return pack_weight(weight, self.bits, self.group, self.activations, scale)
 
 
 class ActivationQuant(nn.Module):
@@ -143,32 +171,19 @@ def quantizer_of(layer: nn.Module) -> WeightFakeQuant | None:
     return None
 
 
-class _Quantizes:
-    """Shared by both configs: kernels change format, weights get a fake quantizer."""
-
-    def settings(self, config: MethodConfig) -> tuple[int, int, bool]:
-        raise NotImplementedError
-
-    def lower(self, config: MethodConfig, kernel: Kernel) -> tuple[Kernel, ...]:
-        bits, _, activations = self.settings(config)
-        return (replace(kernel, format="int8" if activations else "w4" if bits == 4 else "w8"),)
-
-    def apply(self, config: MethodConfig, layer: nn.Module, context: LayerContext) -> nn.Module:
-        if not isinstance(layer, nn.Conv2d | nn.Linear | nn.Sequential):
-            raise UnsupportedModel(f"Only convolutions and linear layers can be quantized, got {type(layer).__name__}.")
-        for part in layer if isinstance(layer, nn.Sequential) else (layer,):
-            parametrize.register_parametrization(part, "weight", WeightFakeQuant(*self.settings(config)))
-        return layer
-
-
-@handles(WeightQuant, "weight_quant")
-class _WeightQuantHandler(_Quantizes):
-    def settings(self, config: MethodConfig) -> tuple[int, int, bool]:
-        assert isinstance(config, WeightQuant)
-        return config.bits, config.group, False
+def fake_quantized(layer: nn.Module, bits: int, group: int = 0, activations: bool = False) -> nn.Module:
+    """The layer, or each of its factors, with a fake quantizer on its weight."""
+    if not isinstance(layer, nn.Conv2d | nn.Linear | nn.Sequential):
+        raise UnsupportedModel(f"Only convolutions and linear layers can be quantized, got {type(layer).__name__}.")
+    for part in layer if isinstance(layer, nn.Sequential) else (layer,):
+        parametrize.register_parametrization(part, "weight", WeightFakeQuant(bits, group, activations))
+    return layer
 
 
 @handles(StaticInt8, "int8")
-class _StaticInt8Handler(_Quantizes):
-    def settings(self, config: MethodConfig) -> tuple[int, int, bool]:
-        return 8, 0, True
+class _StaticInt8Handler:
+    def lower(self, config: MethodConfig, kernel: Kernel) -> tuple[Kernel, ...]:
+        return (replace(kernel, format="int8"),)
+
+    def apply(self, config: MethodConfig, layer: nn.Module, context: LayerContext) -> nn.Module:
+        return fake_quantized(layer, 8, activations=True)
