@@ -338,7 +338,7 @@ class CostModel:
                 kept = step.store(kernel, kept)
             total[3] += kept.values + bias * kernel.out_shape[0]
             if template.op.layer is not None:
-                total[4] += round(BILLIONTHS * kept.total_bits / self._weights)
+                total[4] += BILLIONTHS * kept.total_bits // self._weights
         longer = max(0, len(template.op.layer or "") - NAME)
         total[2] += longer * (sum(NAMED.get(kernel.format, 0) for kernel in heavy) + FACTOR_NAMED * len(heavy[1:]))
         if template.op.kind == "batch_norm":  # factor, shift, mean and variance of each channel

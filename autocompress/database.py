@@ -53,7 +53,7 @@ CHUNK_LAYERS = 12
 BATCH = 64
 CACHE_BYTES = 512 * 2**20
 CONTEXT_BYTES = 512 * 2**20
-CONTEXT_SHARE = 8
+CONTEXT_SHARE = 16
 """A Gram matrix, and in double precision its Hessian with what methods factorize, in sizes of the Gram matrix."""
 
 Weights = tuple[Tensor, Tensor]

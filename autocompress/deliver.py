@@ -197,7 +197,7 @@ def certified(
 
 def expected_layers(made: Prepared, evaluation: Evaluation) -> dict[str, int]:
     """How many layers each method must have changed in the file: what the certificate's coverage is held against."""
-    from autocompress.methods import LowRank, Sparse, StaticInt8, WeightQuant
+    from autocompress.methods import Lookup, LowRank, Sparse, StaticInt8, WeightQuant
 
     count: dict[str, int] = {}
     gone = {n for b in made.graph.blocks if b.name in made.database.dropped(evaluation.plan) for n in b.body}
@@ -214,8 +214,9 @@ def expected_layers(made: Prepared, evaluation: Evaluation) -> dict[str, int]:
             elif isinstance(step, WeightQuant):
                 key = f"w{step.bits}"
                 count[key] = count.get(key, 0) + parts
-            elif isinstance(step, Sparse):
-                count["sparse"] = count.get("sparse", 0) + parts
+            elif isinstance(step, Sparse | Lookup):
+                key = type(step).__name__.lower()
+                count[key] = count.get(key, 0) + parts
     return count
 
 

@@ -25,6 +25,7 @@ RESEARCH_FAMILIES = (
     "sparse",
     "sparse-obc",
     "sparse-magnitude",
+    "lut",
 )
 """What a user must name: no runtime here gains by it; budgets for it are ``nonzeros`` and ``weight_bits``."""
 ALL_FAMILIES = (*METHOD_FAMILIES, *RESEARCH_FAMILIES)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from autocompress.errors import UnknownName, UsageError
 from autocompress.graph import Graph, Group, Layer
-from autocompress.methods import BlockDrop, LowRank, Sparse, StaticInt8, WeightQuant
+from autocompress.methods import BlockDrop, Lookup, LowRank, Sparse, StaticInt8, WeightQuant
 from autocompress.methods.pruning import width_levels
 from autocompress.methods.sparsity import By
 from autocompress.results import ALL_FAMILIES, METHOD_FAMILIES, Importance
@@ -97,6 +97,8 @@ def layer_levels(graph: Graph, layer: Layer, families: Collection[str]) -> tuple
         levels += [Level((method, StaticInt8())) for method in factored[:1]]
     rounded = [step for family, steps in ROUNDED.items() if family in families for step in steps]
     levels += [Level((step,)) for step in rounded]
+    if "lut" in families:
+        levels += [Level((Lookup(4),)), Level((Lookup(3),)), Level((Lookup(2),))]
     for family, by in SPARSE_BY.items():
         if family in families:
             levels += [Level((Sparse(sparsity, by=by),)) for sparsity in SPARSITIES]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,8 +28,14 @@ from autocompress.methods import (
 )
 from autocompress.methods.pruning import l2_importance, obs_order, taylor_importance, width_levels
 from autocompress.methods.quantization import ActivationQuant, PackedWeight, pack_weight, quantizer_of, weight_scale
+from autocompress.results import ALL_FAMILIES
 from autocompress.types import Kernel, MethodConfig
 from tests import networks
+
+
+def test_every_family_is_on_the_page_of_methods() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert [family for family in ALL_FAMILIES if f"`{family}`" not in page] == []
 
 
 def correlated(layer: nn.Module, n: int = 40, seed: int = 0) -> Tensor:

@@ -282,6 +282,7 @@ def test_check_model_measures_everything(files, task):
         ("accuracy_drop<=1", "--task"),
         ("peak_mb<=1", "cannot be measured"),
         ("latency_ms<=1@pixel3", "cannot be measured"),
+        ("weight_bits<=3", "no file stores all of it"),
     ],
 )
 def test_check_model_says_what_it_lacks(files, budget, text):

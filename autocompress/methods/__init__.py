@@ -2,6 +2,7 @@
 
 from autocompress.methods import gptq as gptq  # registers the handler of WeightQuant
 from autocompress.methods.base import METHODS, LayerContext, LayerMethod, handler_of
+from autocompress.methods.lookup import Lookup
 from autocompress.methods.lowrank import LowRank
 from autocompress.methods.pruning import BlockDrop, ChannelPruning
 from autocompress.methods.quantization import StaticInt8, WeightQuant
@@ -16,6 +17,7 @@ __all__ = [
     "ChannelPruning",
     "LayerContext",
     "LayerMethod",
+    "Lookup",
     "LowRank",
     "Sparse",
     "StaticInt8",

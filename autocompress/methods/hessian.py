@@ -26,6 +26,8 @@ DAMPING = 0.01
 ROUNDING = 1e-5
 """Of the mean of the second moments: what differences of them in single precision may be off, in all."""
 NOTHING = 1e-12
+REMEMBERED = 6
+"""Derived matrices: roots in three orders, and removals of three patterns."""
 BLOCK = 128
 """Columns whose errors are passed on together."""
 
@@ -47,14 +49,12 @@ class Hessian:
         self._kept: dict[object, object] = {}
 
     def memo(self, key: object, make: Callable[[], T]) -> T:
-        """What is derived from this Hessian, made once for all levels of the layer."""
+        """What is derived from this Hessian, made once for all levels of the layer; the last few are kept."""
         if key not in self._kept:
+            while len(self._kept) >= REMEMBERED:
+                del self._kept[next(iter(self._kept))]
             self._kept[key] = make()
         return cast(T, self._kept[key])
-
-    @property
-    def bytes(self) -> int:
-        return 8 * self.matrix.numel() * 4
 
     def inverse_root(self, order: Tensor) -> Tensor:
         """Upper ``U`` with ``H^-1 = U^T U``, the columns in this order.  # (n, n)"""
