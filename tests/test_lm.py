@@ -290,6 +290,33 @@ def test_costs_are_those_of_the_file(task: Task, graph: Graph, space: SearchSpac
     assert before.drop[1] <= before.drop[0] <= before.drop[2]
 
 
+@pytest.mark.parametrize(
+    ("label", "family", "count"),
+    [
+        ("60% sparse", "sparse", 14),
+        ("2:4 sparse", "sparse", 14),
+        ("3-bit weights by GPTQ", "w3", 14),
+        ("2-bit tables", "lookup", 14),
+    ],
+)
+def test_research_levels_on_every_layer(
+    task: Task, graph: Graph, tmp_path: Path, label: str, family: str, count: int
+) -> None:
+    """Fitted on windows of text, judged, exported and counted; weights that stay are counted alike in table and file."""
+    research = make_space(graph, ("sparse", "w3", "lut"))
+    database = LevelDatabase(graph, research, task, tmp_path / "db")
+    database.build()
+    plan = tuple(next(i for i, v in enumerate(levels) if v.label == label) for levels in research.levels)
+    model = deploy(finish(database, plan))
+    examples = task.inputs(task.calibration.take(3))
+    artifact = export_onnx(model, examples, tmp_path / "m.onnx", exporters=["legacy"])
+    assert artifact.coverage[family] == {"expected": count, "found": count}
+    predicted, found = CostModel(graph, research, {}).in_units(plan), file_costs(artifact.path, ("nonzeros",))
+    assert predicted["weight_bits"] < 21
+    if family == "sparse":
+        assert 0.95 * predicted["nonzeros"] < found["nonzeros"] <= predicted["nonzeros"] + 4
+
+
 def test_plans_are_judged_without_models_of_their_own(
     folder: Path, task: Task, graph: Graph, space: SearchSpace, tmp_path: Path
 ) -> None:
