@@ -83,6 +83,7 @@ def test_names() -> None:
         CONTROLLERS["evolutoin"]
 
 
+@pytest.mark.slow
 def test_search_pays() -> None:
     """At equal evaluations: evolution and exact beat random and uniform, with pairs of sites and a noisy slice."""
     space = space_of(*[6] * 14)
@@ -95,6 +96,7 @@ def test_search_pays() -> None:
     assert max(losses["evolution"], losses["exact"]) < 0.9 * min(losses["random"], losses["uniform"])
 
 
+@pytest.mark.slow
 def test_evolution_goes_beyond_the_table_model() -> None:
     space = space_of(*[8] * 8)
     costs, budgets, evaluator = problem(space, pairs=0.5)

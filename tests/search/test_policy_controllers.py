@@ -25,6 +25,7 @@ from autocompress.types import Budget, Evaluation, IntArray, Level, MethodConfig
 
 class TestAmc(ControllerContract):
     name = "amc"
+    scale = 0.5
 
 
 @pytest.mark.slow
@@ -244,6 +245,7 @@ def test_the_replay_holds_the_executed_action() -> None:
     )  # the last waits for the next ask
 
 
+@pytest.mark.slow
 def test_conditional_has_a_plan_for_every_target() -> None:
     space = space_of(*[6] * 6)
     costs, budgets, evaluator = problem(space)

@@ -77,6 +77,7 @@ def test_each_searches_as_if_alone_and_is_charged_for_all_it_asks(tmp_path: Path
             assert {e.plan for e in alone.evaluations(rung)} <= {e.plan for e in front.evaluations(rung)}
 
 
+@pytest.mark.slow
 def test_interrupted_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     unbroken, _ = race(tmp_path / "unbroken.json")
     evaluator, path = Paid(), tmp_path / "race.json"
