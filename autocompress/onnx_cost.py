@@ -10,6 +10,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto
 
 from autocompress.errors import UsageError
+from autocompress.methods.coding import pack
 from autocompress.onnx_file import first_line, load_model
 
 _WEIGHT_INPUT = {
@@ -78,11 +79,14 @@ def _node_macs(node: NodeProto, shapes: dict[str, list[int]]) -> int:
     return math.prod(output) * (weight[-1] if transposed else weight[-2])
 
 
-def file_costs(path: Path | str, metrics: Collection[str] = ("size_mb", "params", "macs")) -> dict[str, float]:
-    """Those of ``size_mb``, ``params`` and ``macs`` that are asked for, in the units of ``types.METRICS``."""
+def file_costs(
+    path: Path | str, metrics: Collection[str] = ("size_mb", "packed_mb", "params", "macs")
+) -> dict[str, float]:
+    """Those of ``size_mb``, ``packed_mb``, ``params`` and ``macs`` that are asked for, in the units of ``types.METRICS``."""
     model = load_model(path)
     count: dict[str, Callable[[], float]] = {
         "size_mb": lambda: Path(path).stat().st_size / 1e6,
+        "packed_mb": lambda: len(pack(Path(path).read_bytes(), ".onnx")) / 1e6,
         "params": lambda: float(count_params(model)),
         "macs": lambda: float(count_macs(model)),
     }
