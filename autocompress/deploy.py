@@ -80,7 +80,7 @@ def _deployed(part: Any, norm: nn.Module | None, grid: object) -> nn.Module:
     if quantizer is None and norm is None:
         return part
     # Not a deep copy: copies of a parametrized module share its class, and removing the parametrization breaks both.
-    raw = part.parametrizations["weight"].original if quantizer is not None else part.weight  # type: ignore[index,union-attr]
+    raw = _before(part, quantizer) if quantizer is not None else part.weight
     weight, bias = fold_norm(raw, part.bias, norm)
     packed = pack_weight(weight, quantizer.bits, quantizer.group, quantizer.activations) if quantizer else None
     if packed is not None and packed.activations and isinstance(grid, ActivationQuant):
@@ -89,6 +89,17 @@ def _deployed(part: Any, norm: nn.Module | None, grid: object) -> nn.Module:
     if packed is not None:
         new.packed = packed  # type: ignore[assignment]
     return new
+
+
+def _before(part: Any, quantizer: nn.Module) -> Tensor:
+    """The weight as it comes to its quantizer."""
+    chain = part.parametrizations["weight"]
+    raw: Tensor = chain.original
+    for step in chain:
+        if step is quantizer:
+            break
+        raw = step(raw)
+    return raw
 
 
 def _on_grid(bias: Tensor, scale: Tensor) -> Tensor:

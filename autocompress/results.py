@@ -15,7 +15,10 @@ Stage = Literal["task", "graph", "database", "profile", "search", "refit", "reco
 STAGES: tuple[Stage, ...] = ("task", "graph", "database", "profile", "search", "refit", "recover", "export", "verify")
 
 METHOD_FAMILIES = ("channels", "blocks", "lowrank", "int8", "w8", "w4")
-"""The families a search may use; ``--methods`` picks some of them."""
+"""The families a search uses unless ``--methods`` picks some of all."""
+MORE_FAMILIES = ("rate",)
+"""Families that are searched only when they are named: they are for budgets that few have, or need a longer search."""
+ALL_FAMILIES = METHOD_FAMILIES + MORE_FAMILIES
 
 
 Importance = Literal["l2", "taylor", "obs"]

@@ -15,14 +15,16 @@ from torch import Tensor, nn
 
 from autocompress.errors import UnknownName, UsageError
 from autocompress.graph import Graph, Group, Layer
-from autocompress.methods import BlockDrop, LowRank, StaticInt8, WeightQuant
+from autocompress.methods import BlockDrop, LowRank, RateDistortion, StaticInt8, WeightQuant
 from autocompress.methods.pruning import width_levels
-from autocompress.results import METHOD_FAMILIES, Importance
+from autocompress.results import ALL_FAMILIES, METHOD_FAMILIES, Importance
 from autocompress.types import Level, SearchSpace, Site
 
 MIN_FACTORED = 1024
 """Layers with fewer weights get no low-rank levels: two tiny operators cost more than one."""
 GROUP_4BIT = 32
+RATE_STEPS = (15, 7, 3)
+"""Integers either way that weights have before they are packed: about 4.3, 3.2 and 2 bits each."""
 
 
 def make_space(
@@ -30,8 +32,8 @@ def make_space(
 ) -> SearchSpace:
     """The space of the chosen families; raises if nothing is left to choose."""
     for family in families:
-        if family not in METHOD_FAMILIES:
-            raise UnknownName("method family", family, METHOD_FAMILIES)
+        if family not in ALL_FAMILIES:
+            raise UnknownName("method family", family, ALL_FAMILIES)
     found: list[tuple[Site, tuple[Level, ...]]] = []
     if "channels" in families:
         for group in graph.groups:
@@ -55,7 +57,7 @@ def make_space(
     if not found:
         raise UsageError(
             f"The methods {', '.join(families)} find nothing to choose in this model "
-            f"({len(graph.layers)} convolution and linear layers); allow more of {', '.join(METHOD_FAMILIES)}."
+            f"({len(graph.layers)} convolution and linear layers); allow more of {', '.join(ALL_FAMILIES)}."
         )
     return SearchSpace(tuple(site for site, _ in found), tuple(levels for _, levels in found))
 
@@ -83,6 +85,8 @@ def layer_levels(graph: Graph, layer: Layer, families: Collection[str]) -> tuple
         levels.append(Level((WeightQuant(8),)))
     if "w4" in families:
         levels.append(Level((WeightQuant(4, GROUP_4BIT),)))
+    if "rate" in families:
+        levels += [Level((RateDistortion(steps), WeightQuant(8))) for steps in RATE_STEPS]
     return tuple(levels)
 
 

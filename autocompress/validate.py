@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from autocompress.errors import UnknownName, UsageError
 from autocompress.ledger import Start
-from autocompress.results import METHOD_FAMILIES, Request
+from autocompress.results import ALL_FAMILIES, Request
 from autocompress.types import METRICS, Budget
 
 if TYPE_CHECKING:
@@ -125,10 +125,10 @@ def _names(request: Request) -> None:
             f"Each controller of {request.controller!r} has its own number of evaluations; leave out --evaluations and --minutes."
         )
     if not request.methods:
-        raise UsageError(f"--methods names at least one family out of {', '.join(METHOD_FAMILIES)}.")
+        raise UsageError(f"--methods names at least one family out of {', '.join(ALL_FAMILIES)}.")
     for name in request.methods:
-        if name not in METHOD_FAMILIES:
-            raise UnknownName("method family", name, METHOD_FAMILIES)
+        if name not in ALL_FAMILIES:
+            raise UnknownName("method family", name, ALL_FAMILIES)
 
 
 def _task(spec: str) -> str:

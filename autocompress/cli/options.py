@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from autocompress.errors import UsageError
-from autocompress.results import METHOD_FAMILIES, Request
+from autocompress.results import METHOD_FAMILIES, MORE_FAMILIES, Request
 
 if TYPE_CHECKING:
     from autocompress.service.store import JobStore
 
+MORE = f"Families to search, joined by commas; there are also {', '.join(MORE_FAMILIES)}."
 IMPORTANCES = get_args(Request.model_fields["importance"].annotation)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
@@ -57,7 +58,7 @@ WarmFrom = Annotated[
     typer.Option("--warm-from", metavar="FILE", help="Start from another job's ledger_start.json; repeats exactly."),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same front.")]
-Methods = Annotated[str, typer.Option("--methods", help="Families to search, joined by commas.")]
+Methods = Annotated[str, typer.Option("--methods", help=MORE)]
 Importance = Annotated[str, typer.Option("--importance", help=f"How channels are ranked: {', '.join(IMPORTANCES)}.")]
 Profiles = Annotated[
     list[str] | None,

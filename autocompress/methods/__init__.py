@@ -4,6 +4,7 @@ from autocompress.methods.base import METHODS, LayerContext, LayerMethod, handle
 from autocompress.methods.lowrank import LowRank
 from autocompress.methods.pruning import BlockDrop, ChannelPruning
 from autocompress.methods.quantization import StaticInt8, WeightQuant
+from autocompress.methods.rate import RateDistortion
 
 METHODS.register("channels")(ChannelPruning)
 METHODS.register("blocks")(BlockDrop)
@@ -15,6 +16,7 @@ __all__ = [
     "LayerContext",
     "LayerMethod",
     "LowRank",
+    "RateDistortion",
     "StaticInt8",
     "WeightQuant",
     "handler_of",
