@@ -35,8 +35,20 @@ FACTOR_NAMED = 14
 """These means are for layers' names of so many letters; a file repeats a longer one so often for a stored format, and for a
 second factor."""
 STATIC = ("macs", "params", "size_mb", "nonzeros", "weight_bits")
+SIZE = STATIC.index("size_mb")
 BILLIONTHS = 1_000_000_000
 """``weight_bits`` is an average; its table has billionths of it, so that operators' shares add up."""
+PACKED_TEXT, PACKED_FLOAT = 0.25, 0.85
+"""Packed bytes over bytes: of names and attributes, of float weights that are no layer's (embeddings, norms); what they get wrong
+on the dense model is made good once its file is known."""
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Packed bytes as measured: of each level of a layer with all its channels, and of the original's ONNX file."""
+
+    layers: Mapping[str, Sequence[int]]
+    dense_bytes: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +76,7 @@ class CostModel:
     """Costs of plans on any number of devices; columns are ``keys``.
 
     ``profiles``: device name -> latency model. ``dense_bytes``: size of the original's ONNX file, once it is known; file
-    sizes are then exact up to names.
+    sizes are then exact up to names. ``packing``: what coding makes of each layer's levels; without it there is no ``packed_mb``.
     """
 
     def __init__(
@@ -73,7 +85,9 @@ class CostModel:
         space: SearchSpace,
         profiles: Mapping[str, LatencyModel],
         dense_bytes: int | None = None,
+        packing: Packing | None = None,
     ) -> None:
+        self.packing, self._shares = packing, dict[tuple[int, int], float]()
         self.graph, self.space, self.profiles = graph, space, dict(profiles)
         self._site = {site.name: i for i, site in enumerate(space.sites)}
         self._int8 = {
@@ -92,16 +106,21 @@ class CostModel:
         self._features = Features([t.features for t in self._templates], space.n_levels, self._rows)
         self._live = self._live_results()
         self._positions = np.array([math.prod(self._shape(t.op.result, 1)) for t in self._templates], dtype=np.int64)
-        self.base_bytes = 0
+        self.base_bytes = self.base_packed = 0
+        dense = (
+            dict(zip(self.keys, self.cost([space.dense])[0].tolist(), strict=True)) if dense_bytes or packing else {}
+        )
         if dense_bytes is not None:
-            column = self.additive_keys.index("size_mb")
-            self.base_bytes = dense_bytes - int(self.cost([space.dense])[0, column])
+            self.base_bytes = dense_bytes - dense["size_mb"]
+        if packing is not None:
+            self.base_packed = packing.dense_bytes - dense["packed_mb"]
 
     # ------------------------------------------------------------ the columns
 
     @property
     def additive_keys(self) -> tuple[str, ...]:
-        return (*(cost_key("latency_ms", device) for device in self.profiles), *STATIC)
+        packed = ("packed_mb",) if self.packing is not None else ()
+        return (*(cost_key("latency_ms", device) for device in self.profiles), *STATIC, *packed)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -315,8 +334,28 @@ class CostModel:
         for column, profile in enumerate(self.profiles.values()):
             np.add.at(rows[:, column], owner, profile.predict_ns(flat) if flat else [])
         for row, (index, features), kernels in zip(rows, asked, lowered, strict=True):
-            row[len(self.profiles) :] = self._static(self._templates[index], features, kernels)
+            static = self._static(self._templates[index], features, kernels)
+            row[len(self.profiles) : len(self.profiles) + len(STATIC)] = static
+            if self.packing is not None:
+                row[-1] = round(int(static[SIZE]) * self._packed_share(index, features, self.packing))
         return rows
+
+    def _packed_share(self, index: int, features: tuple[int, ...], packing: Packing) -> float:
+        """Packed bytes over bytes of an operator: as measured on its layer at this level with all its channels."""
+        template, level = self._templates[index], features[1]
+        measured = packing.layers.get(template.op.layer or "")
+        if measured is None or not features[0] or template.tied:
+            return PACKED_FLOAT if template.op.kind in ("embedding", "batch_norm", "norm") else PACKED_TEXT
+        if (index, level) not in self._shares:
+            whole = (
+                1,
+                level,
+                *(len(self.graph.values[name].ids) for name in (*template.op.inputs, template.op.result)),
+            )
+            whole += (0,) * (len(features) - len(whole))
+            size = int(self._static(template, whole, self._lower(template, whole))[SIZE])
+            self._shares[index, level] = measured[level] / size
+        return self._shares[index, level]
 
     def _static(self, template: _Template, row: tuple[int, ...], kernels: Sequence[Kernel]) -> IntArray:
         """The columns ``STATIC`` of an operator; of two factors only the second has the bias."""
@@ -354,7 +393,8 @@ class CostModel:
     def _overhead(self) -> IntArray:
         """Costs of running anything at all."""
         fixed = [int(getattr(profile, "overhead_ns", 0)) for profile in self.profiles.values()]
-        return np.array([*fixed, 0, self._stored, self.base_bytes, self._stored, 0], dtype=np.int64)
+        packed = [self.base_packed] if self.packing is not None else []
+        return np.array([*fixed, 0, self._stored, self.base_bytes, self._stored, 0, *packed], dtype=np.int64)
 
     def _live_results(self) -> IntArray:
         """For each operator in order: which operators' results are live while it runs, itself included.  # (n_ops, n_ops)"""

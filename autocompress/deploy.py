@@ -81,9 +81,7 @@ def _deployed(part: Any, norm: nn.Module | None, grid: object) -> nn.Module:
     if quantizer is None and norm is None and not forms:
         return part
     # Not a deep copy: copies of a parametrized module share its class, and removing the parametrization breaks both.
-    raw = part.parametrizations["weight"].original if quantizer or forms else part.weight  # type: ignore[index,union-attr]
-    for form in forms:
-        raw = form(raw)
+    raw = _before(part, quantizer) if quantizer or forms else part.weight
     weight, bias = fold_norm(raw, part.bias, norm)
     packed = quantizer.pack(weight, fold_norm(torch.ones(len(weight)), None, norm)[0]) if quantizer else None
     if packed is not None and packed.activations and isinstance(grid, ActivationQuant):
@@ -94,6 +92,17 @@ def _deployed(part: Any, norm: nn.Module | None, grid: object) -> nn.Module:
     if forms:
         new.forms = forms  # type: ignore[assignment]
     return new
+
+
+def _before(part: Any, quantizer: nn.Module | None) -> Tensor:
+    """The weight as it comes to its quantizer, in all its forms where it has none."""
+    chain = part.parametrizations["weight"]
+    raw: Tensor = chain.original
+    for step in chain:
+        if step is quantizer:
+            break
+        raw = step(raw)
+    return raw
 
 
 def _on_grid(bias: Tensor, scale: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from autocompress.errors import UsageError
+from autocompress.methods.coding import pack
 from autocompress.onnx_file import first_line, load_model
 
 _WEIGHT_INPUT = {
@@ -100,12 +101,13 @@ def _node_macs(node: NodeProto, shapes: dict[str, list[int]]) -> int:
 
 
 def file_costs(
-    path: Path | str, metrics: Collection[str] = ("size_mb", "params", "macs", "nonzeros")
+    path: Path | str, metrics: Collection[str] = ("size_mb", "packed_mb", "params", "macs", "nonzeros")
 ) -> dict[str, float]:
-    """Those of ``size_mb``, ``params``, ``macs`` and ``nonzeros`` that are asked for, in the units of ``types.METRICS``."""
+    """Those of ``metrics`` that a file has (the default ones), in the units of ``types.METRICS``."""
     model = load_model(path)
     count: dict[str, Callable[[], float]] = {
         "size_mb": lambda: Path(path).stat().st_size / 1e6,
+        "packed_mb": lambda: len(pack(Path(path).read_bytes(), ".onnx")) / 1e6,
         "params": lambda: float(count_params(model)),
         "macs": lambda: float(count_macs(model)),
         "nonzeros": lambda: float(count_nonzeros(model)),

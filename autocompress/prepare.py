@@ -22,6 +22,7 @@ from autocompress.files import cache_dir, write_json
 from autocompress.graph import IS_OUTPUT, Graph, trace
 from autocompress.hwprofiles import HardwareProfile, exact_int8, known_profiles, load_profile, measure_local, measure_ms
 from autocompress.onnx_file import Artifact, sha256_of
+from autocompress.packed import packed_levels
 from autocompress.recover import Recovery, recover
 from autocompress.results import Request
 from autocompress.search import check_feasible
@@ -94,7 +95,11 @@ def prepare(
             profiles[device] = _profile(device, request, graph, space, out, Path(original.path), stages)
     if cancelled and cancelled():
         raise Cancelled("Stopped before the search; what was prepared is kept.")
-    costs = CostModel(graph, space, profiles, original.bytes)
+    packing = None
+    if any(b.metric == "packed_mb" for b in budgets):
+        with stages.at("database", "packed sizes"):
+            packing = packed_levels(database, Path(original.path))
+    costs = CostModel(graph, space, profiles, original.bytes, packing)
     dense = costs.in_units(space.dense)
     return Prepared(task, graph, space, database, costs, original, profiles, dense, _notes(graph, space, task, request))
 

@@ -26,8 +26,9 @@ RESEARCH_FAMILIES = (
     "sparse-obc",
     "sparse-magnitude",
     "lut",
+    "rate",
 )
-"""What a user must name: no runtime here gains by it; budgets for it are ``nonzeros`` and ``weight_bits``."""
+"""What a user must name: no runtime here gains by it; budgets for it are ``nonzeros``, ``weight_bits`` and ``packed_mb``."""
 ALL_FAMILIES = (*METHOD_FAMILIES, *RESEARCH_FAMILIES)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from autocompress.errors import UnknownName, UsageError
 from autocompress.graph import Graph, Group, Layer
-from autocompress.methods import BlockDrop, Lookup, LowRank, Sparse, StaticInt8, WeightQuant
+from autocompress.methods import BlockDrop, Lookup, LowRank, RateDistortion, Sparse, StaticInt8, WeightQuant
 from autocompress.methods.pruning import width_levels
 from autocompress.methods.sparsity import By
 from autocompress.results import ALL_FAMILIES, METHOD_FAMILIES, Importance
@@ -39,6 +39,8 @@ SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 PATTERNS = ((2, 4), (4, 8))
 """So many weights live of so many neighbours."""
 SPARSE_BY: dict[str, By] = {"sparse": "sparsegpt", "sparse-obc": "obc", "sparse-magnitude": "magnitude"}
+RATE_STEPS = (15, 7, 3)
+"""Integers either way that weights have before they are packed: about 4.3, 3.2 and 2 bits each."""
 
 
 def make_space(
@@ -104,6 +106,8 @@ def layer_levels(graph: Graph, layer: Layer, families: Collection[str]) -> tuple
             levels += [Level((Sparse(sparsity, by=by),)) for sparsity in SPARSITIES]
             levels += [Level((Sparse(keep / of, keep, of, by),)) for keep, of in PATTERNS]
             levels += [Level((Sparse(SPARSITIES[0], by=by), step)) for step in rounded if step.fitted]
+    if "rate" in families:
+        levels += [Level((RateDistortion(steps), WeightQuant(8))) for steps in RATE_STEPS]
     return tuple(levels)
 
 

@@ -226,6 +226,7 @@ METRICS: dict[str, Metric] = {
     for m in (
         Metric("latency_ms", "ms", "median latency of one run on a device (nanoseconds inside)", 1e-6, per_device=True),
         Metric("size_mb", "MB", "bytes of the ONNX file / 1e6", 1e-6),
+        Metric("packed_mb", "MB", "bytes of the ONNX file as 'autocompress pack' writes it / 1e6", 1e-6),
         Metric("macs", "", "multiply-accumulates of one example"),
         Metric("params", "", "number of weights and biases after folding of batch norm"),
         Metric("nonzeros", "", "weights and biases that no mask holds at zero"),

@@ -304,7 +304,10 @@ def certify(
     checks = check_budgets(budgets, compressed_costs, original_costs)
     source = {"path": str(original), "sha256": sha256_of(original), "bytes": Path(original).stat().st_size}
     certificate = Certificate(
-        statements=tuple(_statements(artifact, source["bytes"], parity, quality, speed, checks)),
+        statements=(
+            *_statements(artifact, source["bytes"], parity, quality, speed, checks),
+            f"Packed, it has {compressed_costs['packed_mb']:.4g} MB, the original {original_costs['packed_mb']:.4g} MB.",
+        ),
         artifact=artifact,
         original=source,
         costs={"original": original_costs, "compressed": compressed_costs},

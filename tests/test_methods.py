@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from autocompress.deploy import fold_norm
+from autocompress.deploy import deploy_layer, fold_norm
 from autocompress.errors import UnsupportedModel
 from autocompress.gram import Moments, output_statistics, unfold
 from autocompress.graph import Graph, Group, trace
@@ -22,13 +23,17 @@ from autocompress.methods import (
     ChannelPruning,
     LayerContext,
     LowRank,
+    RateDistortion,
     StaticInt8,
     WeightQuant,
     handler_of,
 )
+from autocompress.methods.coding import Form, coded_bytes
 from autocompress.methods.pruning import l2_importance, obs_order, taylor_importance, width_levels
 from autocompress.methods.quantization import ActivationQuant, PackedWeight, pack_weight, quantizer_of, weight_scale
+from autocompress.methods.rate import cheap_integers
 from autocompress.results import ALL_FAMILIES
+from autocompress.tasks import load_task
 from autocompress.types import Kernel, MethodConfig
 from tests import networks
 
@@ -242,6 +247,70 @@ class TestWeightQuant(MethodContract):
         raw = layer.parametrizations["weight"].original  # type: ignore[index,union-attr]
         assert torch.equal(raw.grad, torch.full((3, 4), 2.0))
         assert quantizer_of(layer).bits == 4 and quantizer_of(nn.Linear(2, 2)) is None  # type: ignore[union-attr]
+
+
+class TestRateDistortion(MethodContract):
+    configs = (RateDistortion(15), RateDistortion(3, 0.3))
+
+    def test_no_slope_is_rounding_to_nearest(self, layer: nn.Module) -> None:
+        weight = layer.weight.detach()  # type: ignore[union-attr]
+        scale = weight.flatten(1).abs().amax(1, keepdim=True) / 7
+        assert torch.equal(cheap_integers(weight, 7, 0.0), (weight.flatten(1) / scale).round().to(torch.int8))
+
+    def test_zeros_channels_of_zeros_and_the_largest_stay(self) -> None:
+        weight = torch.randn(9, 20).half().T.contiguous().T  # neither float nor contiguous
+        weight[3] = 0
+        found = cheap_integers(weight, 7, 5.0)
+        assert bool((found[3] == 0).all())
+        largest = weight.abs().argmax(1)
+        assert all(abs(int(found[i, j])) == 7 for i, j in enumerate(largest.tolist()) if i != 3)
+
+    def test_inputs_that_matter_keep_their_weights(self) -> None:
+        weight, importance = torch.randn(40, 60), torch.full((60,), 1e-3)
+        importance[::2] = 1.0
+        kept = (cheap_integers(weight, 3, 0.5, importance) != 0).float().mean(0)
+        assert kept[::2].mean() > kept[1::2].mean() + 0.1
+
+    def test_it_takes_fewer_bits_than_rounding_and_zstd_at_equal_error(self) -> None:
+        """Trained weights: below the line through rounding to 5 and to 7 values, and below zstd on the same integers."""
+        weights = [t for t in load_task("digits").model.state_dict().values() if t.ndim == 4 and len(t) > 8]
+
+        def measured(steps: int, slope: float) -> tuple[float, float, float]:
+            """Bits a weight, those of zstd, and the logarithm of the squared error."""
+            bits = zstd = error = numbers = 0.0
+            for weight in weights:
+                scale = weight.flatten(1).abs().amax(1, keepdim=True) / steps
+                q = cheap_integers(weight, steps, slope)
+                data = q.numpy().tobytes()
+                bits += 8 * coded_bytes(data, Form("integer", 1, tuple(q.shape)))
+                zstd += 8 * len(zstandard.ZstdCompressor(level=19).compress(data))
+                error += float((q * scale - weight.flatten(1)).pow(2).sum())
+                numbers += q.numel()
+            return bits / numbers, zstd / numbers, float(np.log(error))
+
+        (low, _, worse), (high, _, better) = measured(2, 0.0), measured(3, 0.0)
+        bits, zstd, error = measured(3, 0.15)
+        at_equal_error = low + (high - low) * (worse - error) / (worse - better)
+        assert better < error < worse
+        assert bits < at_equal_error - 0.02 and bits < 0.97 * zstd
+
+    def test_what_is_deployed_is_what_is_live_and_training_keeps_it_cheap(self) -> None:
+        layer = layers()["conv"]
+        handler_of(RateDistortion(3)).apply(RateDistortion(3), layer, LayerContext(None))  # type: ignore[union-attr]
+        handler_of(WeightQuant(8)).apply(WeightQuant(8), layer, LayerContext(None))  # type: ignore[union-attr]
+        norm = nn.BatchNorm2d(12).eval()
+        nn.init.uniform_(norm.running_var, 0.1, 3.0)  # type: ignore[arg-type]
+        nn.init.normal_(norm.weight)
+        x = correlated(layer, 3)
+        for _ in range(3):  # a step of training between
+            made = deploy_layer(layer, norm, None)
+            torch.testing.assert_close(made(x), norm(layer(x)), rtol=1e-4, atol=1e-5)
+            assert all(len(row.unique()) <= 7 for row in made.packed.integers)  # type: ignore[union-attr]
+            raw = layer.parametrizations["weight"].original  # type: ignore[index,union-attr]
+            layer(x).pow(2).sum().backward()
+            with torch.no_grad():
+                raw.sub_(1e-4 * raw.grad)
+            raw.grad = None
 
 
 class TestStaticInt8(MethodContract):

@@ -30,6 +30,7 @@ from autocompress.errors import (
     VerificationError,
 )
 from autocompress.evaluate import Measurer
+from autocompress.methods.coding import pack
 from autocompress.results import JobResult, Progress, Request
 from autocompress.tasks import Task
 from autocompress.tasks.base import Split
@@ -280,16 +281,33 @@ def test_quality_that_nobody_reaches_is_told_after_everything_is_written(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("methods", [("channels",), ("blocks",), ("int8",), ("w8", "w4"), ("lowrank",)])
+@pytest.mark.parametrize("methods", [("channels",), ("blocks",), ("int8",), ("w8", "w4"), ("lowrank",), ("rate",)])
 def test_every_family_can_search_alone(tmp_path: Path, methods: tuple[str, ...]) -> None:
     """Cost tables, controllers and export with only some of the sites."""
-    budget = "size_mb<=95%" if methods != ("blocks",) else "macs<=95%"
+    budget = {"blocks": "macs<=95%", "rate": "packed_mb<=60%"}.get(methods[0], "size_mb<=95%")
     result = api.run(
         asked(methods=methods, budgets=(budget,), evaluations=8, recover_steps=0),
         tmp_path,
         task=networks.task("resnet-b", n=32),
     ).result
     assert result.best is not None
+
+
+@pytest.mark.slow
+def test_a_budget_on_the_packed_size(tmp_path: Path) -> None:
+    """Predicted from levels, measured in the file, and stated in the certificate beside the file's own size."""
+    api.run(
+        asked(budgets=("packed_mb<=40%",), evaluations=12, recover_steps=0),
+        tmp_path,
+        task=networks.task("resnet-b", n=32),
+    )
+    certificate = json.loads((tmp_path / "certificate.json").read_text())
+    (check,) = certificate["budgets"]
+    assert check["holds"] and check["measured"] <= check["limit"]
+    packed = len(pack((tmp_path / "model.onnx").read_bytes(), ".onnx")) / 1e6
+    assert certificate["costs"]["compressed"]["packed_mb"] == packed == check["measured"]
+    assert packed < certificate["costs"]["compressed"]["size_mb"]
+    assert any(text.startswith("Packed, it has") for text in certificate["statements"])
 
 
 @pytest.mark.slow

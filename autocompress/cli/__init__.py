@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from autocompress import __version__
-from autocompress.cli import jobs, profiles, run, tools
+from autocompress.cli import jobs, packing, profiles, run, tools
 from autocompress.cli.console import Group
 from autocompress.cli.demo import demo
 
@@ -58,6 +58,8 @@ app.command()(jobs.front)
 app.command()(jobs.cancel)
 app.command()(run.export)
 app.command()(tools.check)
+app.command()(packing.pack)
+app.command()(packing.unpack)
 app.add_typer(profiles.profile_app, name="profile")
 app.command()(tools.dashboard)
 app.command()(tools.doctor)

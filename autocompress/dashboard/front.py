@@ -44,6 +44,7 @@ _TITLES = {
     "loss": "loss",
     "latency_ms": "latency",
     "size_mb": "ONNX file",
+    "packed_mb": "packed file",
     "macs": "MACs",
     "params": "parameters",
     "nonzeros": "nonzeros",

@@ -6,6 +6,7 @@ from autocompress.methods.lookup import Lookup
 from autocompress.methods.lowrank import LowRank
 from autocompress.methods.pruning import BlockDrop, ChannelPruning
 from autocompress.methods.quantization import StaticInt8, WeightQuant
+from autocompress.methods.rate import RateDistortion
 from autocompress.methods.sparsity import Sparse
 
 METHODS.register("channels")(ChannelPruning)
@@ -19,6 +20,7 @@ __all__ = [
     "LayerMethod",
     "Lookup",
     "LowRank",
+    "RateDistortion",
     "Sparse",
     "StaticInt8",
     "WeightQuant",
