@@ -215,6 +215,7 @@ def test_what_is_searched_is_what_is_exported(
     assert bits * (0.3 if widths else 0.45) < costs.in_units(plan)["weight_bits"] < pure + 1
 
 
+@pytest.mark.slow
 def test_a_search_for_bits_ends_in_a_file(tmp_path: Path) -> None:
     request = Request(
         task="given",

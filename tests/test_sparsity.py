@@ -260,6 +260,7 @@ def test_levels_of_a_layer_share_what_is_factorized(database: LevelDatabase, mon
     assert len(calls) == 2 * known
 
 
+@pytest.mark.slow
 def test_a_search_for_nonzeros_ends_in_a_file(tmp_path: Path) -> None:
     request = Request(
         task="given",
