@@ -366,7 +366,8 @@ class CostModel:
         weights_only = any(isinstance(step, WeightQuant) for step in steps)
         for kernel in heavy:
             stored = replace(kernel, format="w8") if weights_only and kernel.format == "int8" else kernel
-            total += _static_costs(stored, kernel is heavy[-1] and (template.bias or refitted or len(heavy) > 1))
+            biased = kernel is heavy[-1] and (template.bias or refitted or len(heavy) > 1)
+            total += _static_costs(stored, row[2 + len(template.op.inputs)] if biased else 0)
         longer = max(0, len(template.op.layer or "") - NAME)
         total[2] += longer * (sum(NAMED.get(kernel.format, 0) for kernel in heavy) + FACTOR_NAMED * len(heavy[1:]))
         if template.op.kind == "batch_norm":  # factor, shift, mean and variance of each channel
@@ -417,10 +418,9 @@ def _constants(graph: Graph) -> int:
     return sum(operator.attrgetter(name)(graph.module).numel() for name in free)
 
 
-def _static_costs(kernel: Kernel, bias: bool) -> IntArray:
+def _static_costs(kernel: Kernel, biases: int) -> IntArray:
     """MACs, parameters and file bytes of one convolution or linear layer, as ``onnx_quant`` writes it."""
-    weights, outputs = kernel.weights, kernel.out_shape[0]
-    biases = outputs * bias
+    weights, outputs, bias = kernel.weights, kernel.out_shape[0], biases > 0
     if kernel.format == "float":
         size = 4 * weights + 4 * biases
     elif kernel.format == "int8":  # scales and zero points of the weights; integers and scale of the bias

@@ -16,7 +16,7 @@ STAGES: tuple[Stage, ...] = ("task", "graph", "database", "profile", "search", "
 
 METHOD_FAMILIES = ("channels", "blocks", "lowrank", "int8", "w8", "w4")
 """The families a search uses unless ``--methods`` picks some of all."""
-MORE_FAMILIES = ("rate",)
+MORE_FAMILIES = ("lord", "cur", "tucker", "grouped", "mpo", "rate")
 """Families that are searched only when they are named: they are for budgets that few have, or need a longer search."""
 ALL_FAMILIES = METHOD_FAMILIES + MORE_FAMILIES
 

@@ -1,23 +1,35 @@
 """Compressors: a frozen config a method, and a handler registered for its type (``base.py``)."""
 
 from autocompress.methods.base import METHODS, LayerContext, LayerMethod, handler_of
+from autocompress.methods.cur import CUR
+from autocompress.methods.factored import Factored
+from autocompress.methods.grouped import GroupedSVD
+from autocompress.methods.lord import OutputFeatures
 from autocompress.methods.lowrank import LowRank
+from autocompress.methods.mpo import TensorTrain
 from autocompress.methods.pruning import BlockDrop, ChannelPruning
 from autocompress.methods.quantization import StaticInt8, WeightQuant
 from autocompress.methods.rate import RateDistortion
+from autocompress.methods.tucker import Tucker2
 
 METHODS.register("channels")(ChannelPruning)
 METHODS.register("blocks")(BlockDrop)
 
 __all__ = [
+    "CUR",
     "METHODS",
     "BlockDrop",
     "ChannelPruning",
+    "Factored",
+    "GroupedSVD",
     "LayerContext",
     "LayerMethod",
     "LowRank",
+    "OutputFeatures",
     "RateDistortion",
     "StaticInt8",
+    "TensorTrain",
+    "Tucker2",
     "WeightQuant",
     "handler_of",
 ]
