@@ -370,12 +370,13 @@ class CostModel:
         group = next((step.group for step in steps if isinstance(step, WeightQuant)), 0)
         for kernel in heavy:
             stored = replace(kernel, format="w8") if weights_only and kernel.format == "int8" else kernel
-            bias = kernel is heavy[-1] and (template.bias or refitted or len(heavy) > 1)
-            total[:3] += _static_costs(stored, bias, group)
+            biased = kernel is heavy[-1] and (template.bias or refitted or len(heavy) > 1)
+            biases = row[2 + len(template.op.inputs)] if biased else 0
+            total[:3] += _static_costs(stored, biases, group)
             kept = Storage(kernel.weights)
             for step in steps:
                 kept = step.store(kernel, kept)
-            total[3] += kept.values + bias * kernel.out_shape[0]
+            total[3] += kept.values + biases
             if template.op.layer is not None:
                 total[4] += BILLIONTHS * kept.total_bits // self._weights
         longer = max(0, len(template.op.layer or "") - NAME)
@@ -433,13 +434,12 @@ def _weights_of(graph: Graph, layer: str) -> int:
     return int(graph.module.get_submodule(layer).weight.numel())  # type: ignore[operator]
 
 
-def _static_costs(kernel: Kernel, bias: bool, group: int) -> IntArray:
+def _static_costs(kernel: Kernel, biases: int, group: int) -> IntArray:
     """MACs, parameters and file bytes of one convolution or linear layer, as ``onnx_quant`` writes it.
 
     ``group``: inputs with one scale, 0 for an output channel's.
     """
-    weights, outputs = kernel.weights, kernel.out_shape[0]
-    biases = outputs * bias
+    weights, outputs, bias = kernel.weights, kernel.out_shape[0], biases > 0
     if kernel.format == "float":
         size = 4 * weights + 4 * biases
     elif kernel.format == "int8":  # scales and zero points of the weights; integers and scale of the bias

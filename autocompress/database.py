@@ -35,7 +35,7 @@ from autocompress.gram import (
     unfolded_size,
 )
 from autocompress.graph import Graph, Keep, Layer, aliases, make_layer, rebuild, slice_channelwise, slice_layer
-from autocompress.methods import ChannelPruning, LayerContext, LowRank, StaticInt8, handler_of
+from autocompress.methods import ChannelPruning, Factored, LayerContext, StaticInt8, handler_of
 from autocompress.methods.pruning import l2_importance, obs_order, taylor_importance
 from autocompress.methods.quantization import ActivationQuant
 from autocompress.prefix import ByteCache
@@ -262,7 +262,7 @@ class LevelDatabase:
     ) -> dict[str, nn.Module]:
         """The live layer, and its norm if it has one, at these channels: all that a plan decides about it."""
         pruned = len(columns) < len(layer.inputs) and not layer.depthwise
-        reshaped = any(isinstance(step, LowRank) for step in steps)
+        reshaped = any(isinstance(step, Factored) for step in steps)
         if not pruned and not any(step.fitted for step in steps):
             return self.sliced(layer, columns, rows, steps)
         weight, bias = self.refitted(layer, columns) if pruned or reshaped else self.folded(layer.name)

@@ -197,7 +197,7 @@ def certified(
 
 def expected_layers(made: Prepared, evaluation: Evaluation) -> dict[str, int]:
     """How many layers each method must have changed in the file: what the certificate's coverage is held against."""
-    from autocompress.methods import Lookup, LowRank, Sparse, StaticInt8, WeightQuant
+    from autocompress.methods import Factored, Lookup, LowRank, Sparse, StaticInt8, WeightQuant
 
     count: dict[str, int] = {}
     gone = {n for b in made.graph.blocks if b.name in made.database.dropped(evaluation.plan) for n in b.body}
@@ -207,7 +207,7 @@ def expected_layers(made: Prepared, evaluation: Evaluation) -> dict[str, int]:
         steps = made.database.layer_steps(evaluation.plan, layer.name)
         parts = 2 if any(isinstance(step, LowRank) for step in steps) else 1
         for step in steps:
-            if isinstance(step, LowRank):
+            if isinstance(step, Factored):
                 count["lowrank"] = count.get("lowrank", 0) + 1
             elif isinstance(step, StaticInt8):
                 count["int8"] = count.get("int8", 0) + parts

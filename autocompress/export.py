@@ -427,7 +427,7 @@ def _optimized(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _factor_pairs(model: nn.Module) -> dict[str, list[str]]:
-    """Factorized layers: modules that hold two linear layers, ``0`` and ``1``, and no activation function.
+    """Factorized layers: modules that hold two linear layers or more, ``0``, ``1`` .., and no activation function.
 
     A ``Sequential`` that was traced through is such a module, too.
     """
@@ -436,7 +436,7 @@ def _factor_pairs(model: nn.Module) -> dict[str, list[str]]:
         children = {
             k: m for k, m in module.named_children() if name and not isinstance(m, ActivationQuant | nn.Identity)
         }
-        if len(children) == 2 and all(
+        if len(children) >= 2 and all(
             k.isdigit() and isinstance(m, nn.Conv2d | nn.Linear) for k, m in children.items()
         ):
             pairs[name] = [f"{name}.{k}" for k in children]

@@ -21,7 +21,7 @@ from autocompress.deploy import fold_norm, set_submodule
 from autocompress.errors import Cancelled
 from autocompress.gram import Moments, output_rows, positions, solve, unfold
 from autocompress.graph import Keep, Layer
-from autocompress.methods import LayerContext, LowRank
+from autocompress.methods import Factored, LayerContext
 from autocompress.methods.quantization import ActivationQuant
 from autocompress.op_kinds import is_relu, relu_ceiling
 from autocompress.types import Plan
@@ -114,9 +114,9 @@ class _Refit:
         if steps or new_inputs or not self.keep[layer.outputs].all():
             self.changed.add(node)
         gram = self.database.gram(layer.name)
-        if gram is None or not (new_inputs or any(isinstance(step, LowRank) for step in steps)):
+        if gram is None or not (new_inputs or any(isinstance(step, Factored) for step in steps)):
             return  # on the inputs it was trained on, a layer's own weights are the best fit before rounding
-        lost = not self.keep[layer.inputs].all() or any(isinstance(step, LowRank) for step in steps)
+        lost = not self.keep[layer.inputs].all() or any(isinstance(step, Factored) for step in steps)
         rows = _Rows(self, layer, node, -(-ROWS_PER_INPUT * len(gram) // self.images))
         biased = rows.like.bias is not None or layer.norm is not None or lost  # as the cost tables have it
         moments, solution = self._fit(rows, biased)

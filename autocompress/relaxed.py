@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ from autocompress.database import LevelDatabase
 from autocompress.deploy import deploy_layer
 from autocompress.graph import Keep, Layer
 from autocompress.methods import StaticInt8
+from autocompress.methods.factored import composed
 from autocompress.methods.quantization import ActivationQuant
 from autocompress.prefix import ByteCache
 from autocompress.types import MethodConfig, Plan, best_levels
@@ -253,16 +254,8 @@ class _Walk(fx.Interpreter):
 
 
 def _composed(part: nn.Module) -> Affine:
-    """Weight and bias of a layer, or of two factors in a row as one layer."""
-    if not isinstance(part, nn.Sequential):
-        weight, bias = part.weight, part.bias
-    else:
-        first, second, bias = cast(Tensor, part[0].weight), cast(Tensor, part[-1].weight), part[-1].bias
-        if first.ndim == 2:
-            weight = second @ first
-        else:  # one of the two is 1 wide along each axis
-            weight = torch.einsum("orab,ricd->oicadb", second, first).flatten(4).flatten(2, 3)
-    assert isinstance(weight, Tensor)
+    """Weight and bias of a layer, or of its factors as one layer."""
+    weight, bias = composed(part), part[-1].bias if isinstance(part, nn.Sequential) else part.bias
     return weight, bias if isinstance(bias, Tensor) else weight.new_zeros(len(weight))
 
 

@@ -17,6 +17,11 @@ STAGES: tuple[Stage, ...] = ("task", "graph", "database", "profile", "search", "
 METHOD_FAMILIES = ("channels", "blocks", "lowrank", "int8", "w8", "w4")
 """The families a search uses unless ``--methods`` says otherwise."""
 RESEARCH_FAMILIES = (
+    "lord",
+    "cur",
+    "tucker",
+    "grouped",
+    "mpo",
     "w3",
     "w2",
     "w4-nearest",
@@ -28,7 +33,7 @@ RESEARCH_FAMILIES = (
     "lut",
     "rate",
 )
-"""What a user must name: no runtime here gains by it; budgets for it are ``nonzeros``, ``weight_bits`` and ``packed_mb``."""
+"""To be named by a user: longer searches, or no gain in a runtime. Budgets: ``nonzeros``, ``weight_bits`` and ``packed_mb``."""
 ALL_FAMILIES = (*METHOD_FAMILIES, *RESEARCH_FAMILIES)
 
 

@@ -15,14 +15,32 @@ from torch import Tensor, nn
 
 from autocompress.errors import UnknownName, UsageError
 from autocompress.graph import Graph, Group, Layer
-from autocompress.methods import BlockDrop, Lookup, LowRank, RateDistortion, Sparse, StaticInt8, WeightQuant
+from autocompress.methods import (
+    CUR,
+    BlockDrop,
+    Factored,
+    GroupedSVD,
+    Lookup,
+    LowRank,
+    OutputFeatures,
+    RateDistortion,
+    Sparse,
+    StaticInt8,
+    TensorTrain,
+    Tucker2,
+    WeightQuant,
+    handler_of,
+)
+from autocompress.methods.grouped import best_split
 from autocompress.methods.pruning import width_levels
 from autocompress.methods.sparsity import By
 from autocompress.results import ALL_FAMILIES, METHOD_FAMILIES, Importance
-from autocompress.types import Level, SearchSpace, Site
+from autocompress.types import Kernel, Level, SearchSpace, Site
 
 MIN_FACTORED = 1024
 """Layers with fewer weights get no low-rank levels: two tiny operators cost more than one."""
+FACTORED = (0.5, 0.25)
+"""Shares of the weights that every form of factorization is offered at."""
 GROUP_4BIT = 32
 GROUP_WIDE = 64
 """Inputs with one scale at 2 and 3 bits: half a bit a weight for it."""
@@ -44,9 +62,12 @@ RATE_STEPS = (15, 7, 3)
 
 
 def make_space(
-    graph: Graph, families: Collection[str] = METHOD_FAMILIES, importance: Importance = "obs"
+    graph: Graph,
+    families: Collection[str] = METHOD_FAMILIES,
+    importance: Importance = "obs",
+    minimum: int = MIN_FACTORED,
 ) -> SearchSpace:
-    """The space of the chosen families; raises if nothing is left to choose."""
+    """The space of the chosen families; raises if nothing is left. ``minimum``: weights of the smallest factorized layer."""
     for family in families:
         if family not in ALL_FAMILIES:
             raise UnknownName("method family", family, ALL_FAMILIES)
@@ -68,7 +89,7 @@ def make_space(
         macs, params = _totals(graph, (layer.name,))
         shape = tuple(_weight(graph, layer).shape)
         site = Site(f"layer:{layer.name}", "layer", (layer.name,), 1, shape, macs, params)
-        found.append((site, layer_levels(graph, layer, families)))
+        found.append((site, layer_levels(graph, layer, families, minimum)))
     found = [(site, levels) for site, levels in found if len(levels) > 1]
     if not found:
         raise UsageError(
@@ -84,16 +105,19 @@ def _copies(graph: Graph, group: Group) -> int:
     return max(1, min(counts) // len(group.classes))
 
 
-def layer_levels(graph: Graph, layer: Layer, families: Collection[str]) -> tuple[Level, ...]:
+def layer_levels(
+    graph: Graph, layer: Layer, families: Collection[str], minimum: int = MIN_FACTORED
+) -> tuple[Level, ...]:
     """(rank, format) choices of one layer, dense first."""
     module = graph.module.get_submodule(layer.name)
     levels = [Level()]
     factored: list[LowRank] = []
-    if "lowrank" in families and not layer.depthwise and _weight(graph, layer).numel() >= MIN_FACTORED:
-        factored = [LowRank(0.5), LowRank(0.25)]
+    if "lowrank" in families and not layer.depthwise and _weight(graph, layer).numel() >= minimum:
+        factored = [LowRank(ratio) for ratio in FACTORED]
         if isinstance(module, nn.Conv2d) and min(module.kernel_size) > 1 and not isinstance(module.padding, str):
             factored.append(LowRank(0.5, "spatial"))
         levels += [Level((method,)) for method in factored]
+    levels += [Level((method,)) for method in _factorizations(graph, layer, families, minimum)]
     if "int8" in families:
         levels.append(Level((StaticInt8(),)))
         levels += [Level((method, StaticInt8())) for method in factored[:1]]
@@ -109,6 +133,50 @@ def layer_levels(graph: Graph, layer: Layer, families: Collection[str]) -> tuple
     if "rate" in families:
         levels += [Level((RateDistortion(steps), WeightQuant(8))) for steps in RATE_STEPS]
     return tuple(levels)
+
+
+def _factorizations(graph: Graph, layer: Layer, families: Collection[str], minimum: int) -> list[Factored]:
+    """Forms other than ``lowrank`` that one layer can have and that save weights and multiplications."""
+    module, weight = graph.module.get_submodule(layer.name), _weight(graph, layer)
+    if layer.depthwise or weight.numel() < minimum:
+        return []
+    found: list[Factored] = []
+    for ratio in FACTORED:
+        if "lord" in families:
+            found.append(OutputFeatures(ratio))
+        if "cur" in families:
+            found.append(CUR(ratio))
+        if isinstance(module, nn.Conv2d):
+            if "tucker" in families and max(module.kernel_size) > 1:
+                found.append(Tucker2(ratio))
+            if "grouped" in families and (groups := best_split(weight, ratio)) > 1:
+                found.append(GroupedSVD(ratio, groups))
+        elif "mpo" in families and layer.norm is None:  # a norm's factors go into rows, and cores have none
+            found.append(TensorTrain(ratio))
+    if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
+        return []
+    kernel = _kernel(graph, layer)
+    return [method for method in found if saves(method, kernel)]
+
+
+def saves(method: Factored, kernel: Kernel) -> bool:
+    """Whether a factorization really has fewer weights and fewer multiplications than the layer."""
+    handler = handler_of(method)
+    assert handler is not None
+    parts = handler.lower(method, kernel)
+    return sum(p.weights for p in parts) < kernel.weights and sum(p.macs for p in parts) < kernel.macs
+
+
+def _kernel(graph: Graph, layer: Layer) -> Kernel:
+    """The dense layer as hardware sees it, for one example."""
+    module, weight = graph.module.get_submodule(layer.name), _weight(graph, layer)
+    before, after = graph.values[layer.source].shape, graph.values[layer.node].shape
+    n_out, n_in = weight.shape[:2]
+    if isinstance(module, nn.Conv2d):
+        size, stride = cast("tuple[int, int]", module.kernel_size), cast("tuple[int, int]", module.stride)
+        return Kernel("conv", (n_in, *before[2:]), (n_out, *after[2:]), size, stride)
+    rows = math.prod(after[1:-1])
+    return Kernel("linear", (n_in, rows), (n_out, rows))
 
 
 def _weight(graph: Graph, layer: Layer) -> Tensor:

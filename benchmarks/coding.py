@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 import zstandard
-from common import folders, save
+from common import folders, opened, save
 from safetensors.torch import load_file
 from safetensors.torch import save as as_bytes
 from torch import Tensor
 
+from autocompress.deploy import deploy
+from autocompress.export import export_onnx
+from autocompress.graph import trace
 from autocompress.methods.coding import Form, entropy, pack, unpack
 from autocompress.methods.coding.planes import _planes
 from autocompress.methods.quantization import pack_weight
+from autocompress.space import make_space
 from autocompress.tasks import load_task
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -89,6 +94,29 @@ def integers(state: dict[str, Tensor], width: int, zeros: float) -> dict[str, An
     return {name: f"{8 * size / n:.3f}" for name, size in total.items()}
 
 
+def levels(data: list[str], images: int = 4000) -> Iterator[dict[str, Any]]:
+    """Rows: ResNet-20 with one level in every layer, on test images; what its file has, and has when packed."""
+    task = load_task("cifar10:resnet20", data)
+    graph = trace(task.model, task.example_inputs)
+    space = make_space(graph, ("int8", "w8", "w4", "rate"))
+    database = opened(graph, space, task)
+    report = task.report.take(images)
+    for label in dict.fromkeys(level.label for own in space.levels for level in own):
+        plan = tuple(max((i for i, v in enumerate(own) if v.label == label), default=0) for own in space.levels)
+        model = deploy(database.stitch(plan))
+        with torch.no_grad():
+            scores = torch.cat([task.score(model(x), y) for x, y in task.batches(report, 250)])
+        with tempfile.TemporaryDirectory() as folder:
+            artifact = export_onnx(model, task.inputs(task.calibration.take(8)), Path(folder) / "m.onnx")
+            packed = len(pack(Path(artifact.path).read_bytes(), ".onnx"))
+        yield {
+            "level": label,
+            "top1": f"{scores.mean():.2%}",
+            "size": f"{artifact.bytes / 1e6:.4f}",
+            "packed": f"{packed / 1e6:.4f}",
+        }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     folders(parser)
@@ -106,6 +134,9 @@ def main() -> None:
     command = "python benchmarks/coding.py --data ASSETS"
     save("coding_floats", of_floats, columns + more, "Packed floats: share of the file as it is", command)
     heads = [("zstd", "zstd -19"), ("range", "range coder"), ("neighbours", "by neighbours"), ("packed", "the smaller")]
+    of_levels = {row["level"]: row for row in levels(data)}
+    keys = [("level", "every layer"), ("top1", "top-1"), ("size", "size_mb"), ("packed", "packed_mb")]
+    save("coding_levels", of_levels, keys, "ResNet-20: levels by what they take when packed", command)
     save("coding_integers", of_integers, [columns[0], *heads], "Packed integers: bits a weight", command)
 
 

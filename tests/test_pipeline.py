@@ -281,7 +281,18 @@ def test_quality_that_nobody_reaches_is_told_after_everything_is_written(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("methods", [("channels",), ("blocks",), ("int8",), ("w8", "w4"), ("lowrank",), ("rate",)])
+@pytest.mark.parametrize(
+    "methods",
+    [
+        ("channels",),
+        ("blocks",),
+        ("int8",),
+        ("w8", "w4"),
+        ("lowrank",),
+        ("rate",),
+        ("lord", "cur", "tucker", "grouped", "mpo"),
+    ],
+)
 def test_every_family_can_search_alone(tmp_path: Path, methods: tuple[str, ...]) -> None:
     """Cost tables, controllers and export with only some of the sites."""
     budget = {"blocks": "macs<=95%", "rate": "packed_mb<=60%"}.get(methods[0], "size_mb<=95%")

@@ -2,27 +2,39 @@
 
 from autocompress.methods import gptq as gptq  # registers the handler of WeightQuant
 from autocompress.methods.base import METHODS, LayerContext, LayerMethod, handler_of
+from autocompress.methods.cur import CUR
+from autocompress.methods.factored import Factored
+from autocompress.methods.grouped import GroupedSVD
 from autocompress.methods.lookup import Lookup
+from autocompress.methods.lord import OutputFeatures
 from autocompress.methods.lowrank import LowRank
+from autocompress.methods.mpo import TensorTrain
 from autocompress.methods.pruning import BlockDrop, ChannelPruning
 from autocompress.methods.quantization import StaticInt8, WeightQuant
 from autocompress.methods.rate import RateDistortion
 from autocompress.methods.sparsity import Sparse
+from autocompress.methods.tucker import Tucker2
 
 METHODS.register("channels")(ChannelPruning)
 METHODS.register("blocks")(BlockDrop)
 
 __all__ = [
+    "CUR",
     "METHODS",
     "BlockDrop",
     "ChannelPruning",
+    "Factored",
+    "GroupedSVD",
     "LayerContext",
     "LayerMethod",
     "Lookup",
     "LowRank",
+    "OutputFeatures",
     "RateDistortion",
     "Sparse",
     "StaticInt8",
+    "TensorTrain",
+    "Tucker2",
     "WeightQuant",
     "handler_of",
 ]
