@@ -19,6 +19,7 @@ from autocompress.graph import Layer
 from autocompress.methods.coding import Form, coded_bytes, pack
 from autocompress.methods.coding.planes import Number
 from autocompress.methods.quantization import PackedWeight
+from autocompress.onnx_quant import integer_tensor, stored_bits
 from autocompress.types import MethodConfig
 
 ENTRY_BYTES = 60
@@ -55,16 +56,10 @@ def _part_bytes(part: nn.Conv2d | nn.Linear) -> int:
     tensors = [] if part.bias is None else [part.bias.detach()]
     if not isinstance(packed, PackedWeight):
         return _bytes([part.weight.detach(), *tensors])
-    stored = packed.integers
-    if packed.bits == 4:
-        flat = torch.nn.functional.pad(stored.reshape(-1) & 15, (0, stored.numel() % 2)).reshape(-1, 2)
-        halves = (flat[:, 0] | (flat[:, 1] << 4)).numpy().tobytes()
-        return (
-            _bytes([packed.scale, *tensors])
-            + coded_bytes(halves, Form("nibbles", 1, tuple(stored.shape)))
-            + ENTRY_BYTES
-        )
-    return _bytes([stored, packed.scale, *tensors])
+    bits = stored_bits(packed)
+    raw = integer_tensor("", packed.integers.numpy(), bits).raw_data
+    form = Form("nibbles" if bits == 4 else "integer", 1, tuple(packed.integers.shape))
+    return _bytes([packed.scale, *tensors]) + coded_bytes(raw, form) + ENTRY_BYTES
 
 
 def _bytes(tensors: list[Tensor]) -> int:
