@@ -230,6 +230,8 @@ def check_model(
     cannot be judged.
     """
     keys = {budget.key for budget in budgets}
+    if "weight_bits" in keys:
+        raise UsageError("weight_bits belongs to a plan, and no file stores all of it; check size_mb or nonzeros here.")
     measured = file_costs(path, keys)
     original = file_costs(against, keys) if against is not None else {}
     if "accuracy_drop" in keys:
@@ -243,8 +245,6 @@ def check_model(
         if against is not None:
             original["latency_ms@local"] = before
     checks = check_budgets(budgets, measured, original)
-    if "weight_bits" in keys:
-        raise UsageError("weight_bits belongs to a plan, and no file stores all of it; check size_mb or nonzeros here.")
     if unknown := [c.budget for c in checks if c.measured is None]:
         raise UsageError(f"{', '.join(unknown)} cannot be measured on this machine; budgets here are 'local' ones.")
     return checks

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import zstandard
-from common import folders, opened, save
+from common import folders, opened, quality, save
 from safetensors.torch import load_file
 from safetensors.torch import save as as_bytes
 from torch import Tensor
@@ -104,14 +104,12 @@ def levels(data: list[str], images: int = 4000) -> Iterator[dict[str, Any]]:
     for label in dict.fromkeys(level.label for own in space.levels for level in own):
         plan = tuple(max((i for i, v in enumerate(own) if v.label == label), default=0) for own in space.levels)
         model = deploy(database.stitch(plan))
-        with torch.no_grad():
-            scores = torch.cat([task.score(model(x), y) for x, y in task.batches(report, 250)])
         with tempfile.TemporaryDirectory() as folder:
             artifact = export_onnx(model, task.inputs(task.calibration.take(8)), Path(folder) / "m.onnx")
             packed = len(pack(Path(artifact.path).read_bytes(), ".onnx"))
         yield {
             "level": label,
-            "top1": f"{scores.mean():.2%}",
+            "top1": f"{quality(task, model, report):.2%}",
             "size": f"{artifact.bytes / 1e6:.4f}",
             "packed": f"{packed / 1e6:.4f}",
         }

@@ -9,11 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from autocompress.database import LevelDatabase
 from autocompress.files import cache_dir, write_json, write_text
 from autocompress.graph import Graph
 from autocompress.hwprofiles import describe_host
-from autocompress.tasks import Task
+from autocompress.tasks import Split, Task
 from autocompress.types import SearchSpace
 from autocompress.verify import environment
 
@@ -31,6 +34,13 @@ def opened(graph: Graph, space: SearchSpace, task: Task) -> LevelDatabase:
     database = LevelDatabase(graph, space, task, cache_dir() / "databases")
     database.build()
     return database
+
+
+def quality(task: Task, model: nn.Module, split: Split) -> float:
+    """The task's metric on a split."""
+    with torch.no_grad():
+        scores = torch.cat([task.score(model(x), y) for x, y in task.batches(split, task.batch_size)])
+    return task.metric_of(float(scores.double().mean()))
 
 
 def load(name: str) -> dict[str, Any]:

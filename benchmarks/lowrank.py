@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import folders, load, save
+from common import folders, load, quality, save
 
 from autocompress.costs import CostModel
 from autocompress.database import LevelDatabase
@@ -33,7 +33,7 @@ from autocompress.hwprofiles import compare
 from autocompress.methods import CUR, Factored, GroupedSVD, LowRank, OutputFeatures, TensorTrain, Tucker2
 from autocompress.methods.grouped import best_split
 from autocompress.space import MIN_FACTORED, _kernel, _weight, saves
-from autocompress.tasks import Split, Task, load_task
+from autocompress.tasks import Task, load_task
 from autocompress.types import Level, SearchSpace, Site
 
 RATIOS = (0.75, 0.5, 0.25)
@@ -98,12 +98,6 @@ def method_of(graph: Graph, layer: Layer, form: Form, ratio: float) -> Factored 
     return method if method is not None and saves(method, _kernel(graph, layer)) else None
 
 
-def metric(task: Task, model: nn.Module, split: Split) -> float:
-    with torch.no_grad():
-        scores = torch.cat([task.score(model(x), y) for x, y in task.batches(split, task.batch_size)])
-    return task.metric_of(float(scores.double().mean()))
-
-
 def row(task: Task, graph: Graph, original: Path, name: str, ratio: float) -> dict[str, Any]:
     space = space_of(graph, FORMS[name], ratio)
     if not space.sites:
@@ -117,10 +111,10 @@ def row(task: Task, graph: Graph, original: Path, name: str, ratio: float) -> di
     seconds = time.process_time() - start
     split = task.report.take(JUDGED[task.name])
     model = deploy(live)
-    found = {"quality": metric(task, model, split)}
+    found = {"quality": quality(task, model, split)}
     if kind is LevelDatabase:
         model = deploy(finish(database, plan))
-        found["refitted"] = metric(task, model, split)
+        found["refitted"] = quality(task, model, split)
     dense, cost = costs.in_units(space.dense), costs.in_units(plan)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
@@ -152,7 +146,7 @@ def main() -> None:
         graph = trace(task.model, task.example_inputs)
         name = "lowrank_" + spec.partition(":")[2]
         rows = load(name)
-        dense = metric(task, graph.module, task.report.take(JUDGED.setdefault(task.name, JUDGED[spec])))
+        dense = quality(task, graph.module, task.report.take(JUDGED.setdefault(task.name, JUDGED[spec])))
         original = Path(tempfile.mkdtemp()) / "original.onnx"
         export_onnx(
             deploy(graph.module), task.inputs(task.calibration.take(4)), original, exporters=("legacy", "dynamo")

@@ -75,16 +75,17 @@ def forms_of(layer: nn.Module) -> tuple[WeightForm, ...]:
     return tuple(step for step in layer.parametrizations["weight"] if isinstance(step, WeightForm))  # type: ignore[index]
 
 
-def set_weight(part: nn.Conv2d | nn.Linear, weight: Tensor, shift: Tensor | None = None) -> None:
-    """New raw weights ``(out, n)`` and, where the layer has a bias, what is added to it ``(out,)``."""
+def set_weight(part: nn.Conv2d | nn.Linear, weight: Tensor, hessian: Hessian | None) -> None:
+    """New raw weights ``(out, n)``; a bias takes up what they change in the mean of the outputs, where inputs are known."""
+    if hessian is not None and part.bias is not None:
+        lost = (part.weight.detach().flatten(1).double() - weight.flatten(1).double()) @ hessian.mean  # (out,)
+        part.bias = nn.Parameter((part.bias.detach().double() + lost).to(part.bias.dtype), requires_grad=False)
     shaped = weight.reshape(part.weight.shape).to(part.weight.dtype)
     new = nn.Parameter(shaped.contiguous(), requires_grad=False)
     if parametrize.is_parametrized(part, "weight"):
         part.parametrizations["weight"].original = new  # type: ignore[index,union-attr]
     else:
         part.weight = new
-    if shift is not None and part.bias is not None:
-        part.bias = nn.Parameter((part.bias.detach().double() + shift).to(part.bias.dtype), requires_grad=False)
 
 
 _HANDLERS: dict[type[MethodConfig], LayerMethod] = {}

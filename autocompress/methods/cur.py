@@ -16,38 +16,29 @@ from torch import Tensor, nn
 
 from autocompress.methods.base import LayerContext, handles
 from autocompress.methods.factored import (
-    Factored,
+    LowersToTwo,
+    TwoFactors,
     check_rank,
     dense_weight,
-    narrowed,
-    rank_within,
     refit_second,
     split_layer,
 )
-from autocompress.types import Kernel, MethodConfig
+from autocompress.types import MethodConfig
 
 CUTOFF = 1e-7
 """Of pseudo-inverses, over the largest singular value."""
 
 
 @dataclass(frozen=True)
-class CUR(Factored):
+class CUR(TwoFactors):
     """Two factors with about ``ratio`` times the layer's weights: own filters, then a mixture of them."""
 
     def describe(self) -> str:
         return f"CUR {self.ratio:.0%}"
 
-    def rank(self, n_out: int, n_unfolded: int) -> int:
-        return rank_within(self.ratio, n_out * n_unfolded, n_out + n_unfolded, min(n_out, n_unfolded))
-
 
 @handles(CUR, "cur")
-class _CURHandler:
-    def lower(self, config: MethodConfig, kernel: Kernel) -> tuple[Kernel, ...]:
-        assert isinstance(config, CUR)
-        n_unfolded = kernel.in_shape[0] * kernel.kernel[0] * kernel.kernel[1]
-        return narrowed(kernel, config.rank(kernel.out_shape[0], n_unfolded))
-
+class _CURHandler(LowersToTwo):
     def apply(self, config: MethodConfig, layer: nn.Module, context: LayerContext) -> nn.Module:
         assert isinstance(config, CUR)
         matrix = dense_weight(layer, "CUR").flatten(1).double()

@@ -50,6 +50,23 @@ def narrowed(kernel: Kernel, rank: int, groups: int = 1) -> tuple[Kernel, Kernel
     return first, replace(kernel, in_shape=middle, kernel=(1, 1), stride=(1, 1))
 
 
+class TwoFactors(Factored):
+    """A layer split behind its input: as it is to ``rank`` channels, then 1 x 1."""
+
+    def rank(self, n_out: int, n_unfolded: int) -> int:
+        """Largest rank whose factors hold at most ``ratio`` of the weights, at least 1."""
+        return rank_within(self.ratio, n_out * n_unfolded, n_out + n_unfolded, min(n_out, n_unfolded))
+
+
+class LowersToTwo:
+    """What handlers of :class:`TwoFactors` share."""
+
+    def lower(self, config: MethodConfig, kernel: Kernel) -> tuple[Kernel, ...]:
+        assert isinstance(config, TwoFactors)
+        n_unfolded = kernel.in_shape[0] * kernel.kernel[0] * kernel.kernel[1]
+        return narrowed(kernel, config.rank(kernel.out_shape[0], n_unfolded))
+
+
 # ---------------------------------------------------------------- modules
 
 
@@ -155,16 +172,6 @@ def refit_second(matrix: Tensor, a: Tensor, gram: Tensor) -> Tensor:
     cross = matrix @ h @ a.T
     solved: Tensor = torch.linalg.solve(damped(a @ h @ a.T), cross.T)
     return solved.T
-
-
-def root(h: Tensor) -> Tensor:
-    """``L`` with ``L L^T = H``, damped as much as a singular matrix needs."""
-    eye, ridge = torch.eye(len(h), dtype=h.dtype), 1e-6 * float(h.diagonal().mean().clamp_min(1e-12))
-    factor, info = torch.linalg.cholesky_ex(h + ridge * eye)
-    while int(info) != 0:
-        ridge *= 10
-        factor, info = torch.linalg.cholesky_ex(h + ridge * eye)
-    return cast(Tensor, factor)
 
 
 def damped(h: Tensor) -> Tensor:

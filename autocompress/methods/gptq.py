@@ -49,8 +49,7 @@ class _WeightQuantHandler:
             hessian = context.hessian(part, gram)
             packed = gptq(part.weight.detach(), config.bits, config.group, hessian, _mask(part))
             if hessian is not None:
-                before, after = (t.double().flatten(1) for t in (part.weight.detach(), packed.dequantize()))
-                set_weight(part, packed.dequantize(), (before - after) @ hessian.mean)
+                set_weight(part, packed.dequantize(), hessian)
             quantizer = WeightFakeQuant(config.bits, config.group, scale=packed.scale)
             parametrize.register_parametrization(part, "weight", quantizer)
         return layer

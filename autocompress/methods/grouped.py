@@ -18,13 +18,14 @@ from autocompress.methods.base import LayerContext, handles
 from autocompress.methods.factored import (
     Factored,
     check_rank,
+    damped,
     dense_weight,
     narrowed,
     rank_within,
     refit_second,
-    root,
     split_layer,
 )
+from autocompress.methods.hessian import cholesky
 from autocompress.types import Kernel, MethodConfig
 
 SPLITS = (1, 2, 4, 8)
@@ -81,7 +82,7 @@ def grouped_factors(matrix: Tensor, rank: int, groups: int, gram: Tensor | None)
     right: list[Tensor] = []
     for start in range(0, matrix.shape[1], width):
         own = slice(start, start + width)
-        lower = torch.eye(width).double() if gram is None else root(gram[own, own].double())
+        lower = torch.eye(width).double() if gram is None else cholesky(damped(gram[own, own].double()))
         u, s, v = torch.linalg.svd(matrix[:, own] @ lower, full_matrices=False)
         left.append(u[:, :rank] * s[:rank])
         right.append(torch.linalg.solve_triangular(lower, v[:rank], upper=False, left=False))

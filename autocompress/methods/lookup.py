@@ -83,9 +83,8 @@ class _LookupHandler:
         assert isinstance(config, Lookup)
         for part, gram in list(parts_of(layer, context.gram)):
             hessian, shape = context.hessian(part, gram), part.weight.shape
-            before = part.weight.detach().flatten(1).double()
-            new, table, outliers = tabulate(before, config, hessian)
-            set_weight(part, new, None if hessian is None else (before - new) @ hessian.mean)
+            new, table, outliers = tabulate(part.weight.detach().flatten(1).double(), config, hessian)
+            set_weight(part, new, hessian)
             parametrize.register_parametrization(part, "weight", WeightLookup(table, outliers.reshape(shape)))
         return layer
 

@@ -16,35 +16,26 @@ from torch import Tensor, nn
 
 from autocompress.methods.base import LayerContext, handles
 from autocompress.methods.factored import (
-    Factored,
+    LowersToTwo,
+    TwoFactors,
     check_rank,
     dense_weight,
-    narrowed,
     principal,
-    rank_within,
     split_layer,
 )
-from autocompress.types import Kernel, MethodConfig
+from autocompress.types import MethodConfig
 
 
 @dataclass(frozen=True)
-class OutputFeatures(Factored):
+class OutputFeatures(TwoFactors):
     """Two factors with about ``ratio`` times the layer's weights, and a bias."""
 
     def describe(self) -> str:
         return f"output features {self.ratio:.0%}"
 
-    def rank(self, n_out: int, n_unfolded: int) -> int:
-        return rank_within(self.ratio, n_out * n_unfolded, n_out + n_unfolded, min(n_out, n_unfolded))
-
 
 @handles(OutputFeatures, "lord")
-class _OutputFeaturesHandler:
-    def lower(self, config: MethodConfig, kernel: Kernel) -> tuple[Kernel, ...]:
-        assert isinstance(config, OutputFeatures)
-        n_unfolded = kernel.in_shape[0] * kernel.kernel[0] * kernel.kernel[1]
-        return narrowed(kernel, config.rank(kernel.out_shape[0], n_unfolded))
-
+class _OutputFeaturesHandler(LowersToTwo):
     def apply(self, config: MethodConfig, layer: nn.Module, context: LayerContext) -> nn.Module:
         assert isinstance(config, OutputFeatures)
         matrix = dense_weight(layer, "low-rank").flatten(1).double()

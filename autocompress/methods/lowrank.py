@@ -22,13 +22,14 @@ from autocompress.methods.factored import (
     Factored,
     chain,
     check_rank,
+    damped,
     dense_weight,
     narrowed,
     rank_within,
     refit_second,
-    root,
     split_layer,
 )
+from autocompress.methods.hessian import cholesky
 from autocompress.types import Kernel, MethodConfig
 
 
@@ -98,7 +99,7 @@ def factors(weight: Tensor, rank: int, gram: Tensor | None) -> tuple[Tensor, Ten
         scale = values[:rank].sqrt()
         return left[:, :rank] * scale, scale[:, None] * right[:rank]
     n = matrix.shape[1]
-    lower = root(gram[:n, :n].double())
+    lower = cholesky(damped(gram[:n, :n].double()))
     _, _, right = torch.linalg.svd(matrix @ lower, full_matrices=False)
     v = torch.linalg.solve_triangular(lower, right[:rank], upper=False, left=False)
     return refit_second(matrix, v, gram), v

@@ -100,9 +100,9 @@ class _SparseHandler:
         assert isinstance(config, Sparse)
         for part, gram in list(parts_of(layer, context.gram)):
             hessian = context.hessian(part, gram)
-            before = part.weight.detach().flatten(1).double()  # (rows, n)
-            weight, mask = prune(before, config, hessian, part.weight[0, 0].numel())
-            set_weight(part, weight, None if hessian is None else (before - weight) @ hessian.mean)
+            dense = part.weight.detach().flatten(1).double()  # (rows, n)
+            weight, mask = prune(dense, config, hessian, part.weight[0, 0].numel())
+            set_weight(part, weight, hessian)
             parametrize.register_parametrization(part, "weight", WeightMask(mask.reshape(part.weight.shape)))
         return layer
 

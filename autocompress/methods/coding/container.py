@@ -69,11 +69,11 @@ def pack_file(source: Path, target: Path) -> Packing:
     _need_new(target)
     data = _read(source)
     packed = pack(data, source.suffix)
-    if unpack(packed, str(source)) != data:
+    opened = Packed(io.BytesIO(packed), str(source))
+    if opened.original() != data:
         raise VerificationError(f"{source} does not come back from its packed form; nothing was written.")
     write_bytes(target, packed)
-    with Packed(target) as opened:
-        return Packing(str(target), len(data), len(packed), len(opened.names), opened.sha256)
+    return Packing(str(target), len(data), len(packed), len(opened.names), opened.sha256)
 
 
 def unpack(packed: bytes, name: str = "the packed file") -> bytes:
