@@ -175,7 +175,7 @@ def compress(
     *,
     out: str | Path | None = None,
     data: Sequence[str | Path] = (),
-    controller: str = "evolution",
+    controller: str = "auto",
     evaluations: int | None = None,
     minutes: float | None = None,
     seed: int = 0,

@@ -1,9 +1,9 @@
 """Plan -> evaluation: the only place that counts, and the only cache.
 
-Quality is measured on the search split: ``slice`` takes its first examples, ``full`` all of it, ``refitted`` all of it after
-``finish``, ``recovered`` after distillation. What is measured goes to the ledger under a key of everything that decides it
-(model, data, database, plan, rung, threads, batch size); costs and violations are recomputed, so that a new budget or device
-re-ranks old evaluations without running a model.
+Quality is measured on the search split: ``slice`` takes a part of it, the first if not another, ``full`` all of it,
+``refitted`` all of it after ``finish``, ``recovered`` after distillation. What is measured goes to the ledger under a key of
+everything that decides it (model, data, database, plan, rung, threads, batch size); costs and violations are recomputed, so that
+a new budget or device re-ranks old evaluations without running a model.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ from autocompress.tasks import Split
 from autocompress.types import FIDELITIES, METRICS, Budget, Evaluation, Fidelity, Ledger, Plan, Query, digest
 
 VALUES = ("loss", "metric", "accuracy_drop")
+FORM = "losses by slice"
+"""What an entry of the ledger holds; part of its key."""
 SOFT = "soft"
 """What mixtures of levels are counted under."""
-Measured = dict[str, float | None]
-"""``VALUES`` and ``seconds``; ``None`` where a value is not a number."""
+Measured = dict[str, Any]
+"""``VALUES`` and ``seconds``, and at ``full`` the losses on all ``slices``; ``None`` where a value is not a number."""
 
 
 class Measurer:
@@ -60,14 +62,31 @@ class Measurer:
         self._reference: Tensor | None = None
         self._relaxed: Relaxed | None = None
 
-    def __call__(self, plan: Plan, fidelity: Fidelity) -> Measured:
-        """The values of a plan at a rung, and the processor seconds it took (not those of the original's outputs)."""
+    def __call__(self, plan: Plan, fidelity: Fidelity, part: int = 0) -> Measured:
+        """The values of a plan at a rung, and the processor seconds it took (not those of the original's outputs).
+
+        ``part``: which slice the rung ``slice`` takes.
+        """
         teacher, start = self._original(), time.process_time()
-        loss, score, original = teacher.judge(self._outputs(plan, fidelity))
+        span = self.span(part) if fidelity == "slice" else range(len(self.task.search))
+        loss, score, original, slices = teacher.judge(self._outputs(plan, fidelity, span), span.start // self.batch)
         drop = round(self.task.drop_of(original - score), 9)  # 3 of 300 are 1 point, no more
         found = {"loss": loss, "metric": self.task.metric_of(score), "accuracy_drop": drop}
-        values = {name: value if math.isfinite(value) else None for name, value in found.items()}
+        values: Measured = {name: _number(value) for name, value in found.items()}
+        if fidelity == "full":
+            values["slices"] = [_number(value) for value in slices]
         return {**values, "seconds": time.process_time() - start}
+
+    @property
+    def parts(self) -> int:
+        """How many slices the search split has."""
+        return max(1, len(self.task.search) // self.slice)
+
+    def span(self, part: int) -> range:
+        """The examples of a slice. Raises ``UsageError`` where there is none."""
+        if not 0 <= part < self.parts:
+            raise UsageError(f"The search split has {self.parts} slices, numbered from 0; there is no slice {part}.")
+        return range(part * self.slice, min((part + 1) * self.slice, len(self.task.search)))
 
     def slope(self, probabilities: FloatArray) -> dict[str, Any]:
         """``loss`` of a mixture of levels on the slice, its ``gradient``  # (n_options,), and ``seconds``; JSON values.
@@ -107,11 +126,11 @@ class Measurer:
             return self.stitched.outputs(dense, split, self.batch)
         return self._run(self._build(dense, "full"), split)
 
-    def _outputs(self, plan: Plan, fidelity: Fidelity) -> Iterator[Tensor]:
-        split = self.task.search.take(self.slice) if fidelity == "slice" else self.task.search
+    def _outputs(self, plan: Plan, fidelity: Fidelity, span: range) -> Iterator[Tensor]:
+        split = self.task.search
         if self.stitched is not None and fidelity in ("slice", "full"):
-            return self.stitched.outputs(plan, split, self.batch)
-        return self._run(self.build(plan, fidelity), split)
+            return self.stitched.outputs(plan, split, self.batch, span)
+        return self._run(self.build(plan, fidelity), split if len(span) == len(split) else split.span(span))
 
     def _run(self, model: nn.Module, split: Split) -> Iterator[Tensor]:
         weights_last(model)
@@ -161,14 +180,14 @@ class ModelEvaluator:
         self.ledger = ledger if ledger is not None else NoLedger()
         self.measurer = measurer or Measurer(database)
         self.workers: Workers | None = None
-        self.model = digest([database.key, self.measurer.slice, self.measurer.batch, LAYOUT, threads])
+        self.model = digest([database.key, self.measurer.slice, self.measurer.batch, LAYOUT, FORM, threads])
         self.counts: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
         self.recovery_key = recovery_key
 
     def __call__(self, queries: Sequence[Query]) -> list[Evaluation]:
         """Evaluations in ask order; what the ledger does not know is measured once."""
-        keys = [None if q.fidelity == "table" else self.key(q.plan, q.fidelity) for q in queries]
+        keys = [None if q.fidelity == "table" else self.key(q.plan, q.fidelity, q.part) for q in queries]
         known = {key: self.ledger.get(key) for key in keys if key is not None}
         missing = {key: q for key, q in zip(keys, queries, strict=True) if key is not None and known[key] is None}
         names = list(missing)
@@ -192,19 +211,22 @@ class ModelEvaluator:
         found = []
         for key, entry in self.ledger.items() if entries is None else entries:
             query = self._query(entry)
-            if query is not None and self.key(query.plan, query.fidelity) == key:
+            if query is not None and self.key(query.plan, query.fidelity, query.part) == key:
                 found.append(self._evaluation(query, entry, True))
-        return sorted(found, key=lambda e: (FIDELITIES.index(e.fidelity), e.plan))
+        return sorted(found, key=lambda e: (FIDELITIES.index(e.fidelity), e.plan, e.part))
 
     def _asked(self, query: Query) -> dict[str, Any]:
-        return {"plan": self.database.space.plan_to_json(query.plan), "fidelity": query.fidelity}
+        place = {"part": query.part} if query.part else {}
+        return {"plan": self.database.space.plan_to_json(query.plan), "fidelity": query.fidelity, **place}
 
     def _query(self, entry: Mapping[str, Any]) -> Query | None:
         """What an entry answers, or ``None`` where it does not say so or this space lacks it."""
         if "plan" not in entry or entry.get("fidelity") not in FIDELITIES:
             return None
         try:
-            return Query(self.database.space.plan_from_json(entry["plan"]), entry["fidelity"])
+            return Query(
+                self.database.space.plan_from_json(entry["plan"]), entry["fidelity"], part=entry.get("part", 0)
+            )
         except UsageError:
             return None
 
@@ -233,10 +255,10 @@ class ModelEvaluator:
         """How many plans are judged at the same time."""
         return self.workers.width if self.workers is not None else 1
 
-    def key(self, plan: Plan, fidelity: Fidelity) -> str:
-        """The ledger's key of a plan at a rung."""
+    def key(self, plan: Plan, fidelity: Fidelity, part: int = 0) -> str:
+        """The ledger's key of a plan at a rung, on one slice."""
         base = digest([self.model, self.recovery_key()]) if fidelity == "recovered" else self.model
-        return digest([base, self.database.space.plan_to_json(plan), fidelity])
+        return digest([base, self.database.space.plan_to_json(plan), fidelity, *([part] if part else [])])
 
     def _measured(self, queries: list[Query]) -> Iterator[tuple[int, Measured]]:
         """Values of queries by index: workers begin, what they cannot do is done here."""
@@ -246,7 +268,7 @@ class ModelEvaluator:
                 yield away[index], values
         for index, query in enumerate(queries):
             if index not in away:
-                yield index, self.measurer(query.plan, query.fidelity)
+                yield index, self.measurer(query.plan, query.fidelity, query.part)
 
     def _count(self, fidelity: str, seconds: float) -> None:
         self.counts[fidelity] = self.counts.get(fidelity, 0) + 1
@@ -255,10 +277,11 @@ class ModelEvaluator:
     def _evaluation(self, query: Query, known: Mapping[str, Any] | None, cached: bool) -> Evaluation:
         costs = self.costs.in_units(query.plan)
         if known is None:
-            return Evaluation(query.plan, query.fidelity, {}, costs, self.violation(costs, {}))
+            return Evaluation(query.plan, query.fidelity, {}, costs, self.violation(costs, {}), part=query.part)
         values = {name: float(known[name]) if known[name] is not None else math.nan for name in VALUES}
         violation, seconds = self.violation(costs, values), float(known["seconds"])
-        return Evaluation(query.plan, query.fidelity, values, costs, violation, seconds, cached)
+        slices = tuple(math.nan if loss is None else float(loss) for loss in known.get("slices", ()))
+        return Evaluation(query.plan, query.fidelity, values, costs, violation, seconds, cached, query.part, slices)
 
     def violation(self, costs: dict[str, float], values: dict[str, float]) -> float:
         """Sum of the budgets' relative violations; quality budgets count only once quality is known."""
@@ -269,6 +292,10 @@ class ModelEvaluator:
             else:
                 total += budget.violation(costs[budget.key])
         return total
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 __all__ = ["Measured", "Measurer", "ModelEvaluator", "NoLedger", "Workers", "fitness", "forward"]

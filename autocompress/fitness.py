@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -63,6 +63,15 @@ def fitness(task: Task, outputs: Tensor, reference: Tensor, targets: Tensor) -> 
 def logits(task: Task, outputs: Tensor) -> Tensor:
     """A model's outputs with the classes last."""
     return outputs.movedim(task.class_axis, -1)
+
+
+class Judgement(NamedTuple):
+    """Loss and mean score of a model, the original's score on the same examples, and the loss on each slice of them."""
+
+    loss: float
+    score: float
+    original: float
+    slices: tuple[float, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,25 +139,36 @@ class Teacher:
             scores.append(self._scores(i, batch))
         self.scores = torch.cat(scores)
 
-    def judge(self, outputs: Iterable[Tensor]) -> tuple[float, float, float]:
-        """Loss, mean score, and the original's on the same examples; ``outputs``: the split's first batches, all or some."""
+    def judge(self, outputs: Iterable[Tensor], first: int = 0) -> Judgement:
+        """Loss, mean score, and the original's on the same examples; ``outputs``: the split's batches from the ``first`` on."""
         scores: list[Tensor] = []
-        divergences: list[Tensor] = []
+        losses: list[Tensor] = []
         kept: list[Tensor] = []
-        for i, batch in enumerate(outputs):
+        for i, batch in enumerate(outputs, first):
             scores.append(self._scores(i, batch))
             if self.task.fitness == "kl":
-                divergences.append(self._soft[i].kl(logits(self.task, batch)))
+                losses.append(self._soft[i].kl(logits(self.task, batch)))
             else:
                 kept.append(batch)
         found = torch.cat(scores)
-        n = len(found)
+        start = first * self.task.batch_size
+        span = range(start, start + len(found))
+        loss = self._mean(losses, kept, span, span)
+        n = slice_of(self.task)
+        slices = [range(a, min(a + n, span.stop)) for a in range(start, start + max(len(span) // n, 1) * n, n)]
+        each = tuple(self._mean(losses, kept, span, part) for part in slices)
+        original = self.scores[span.start : span.stop]
+        return Judgement(loss, float(found.double().mean()), float(original.double().mean()), each)
+
+    def _mean(self, losses: list[Tensor], kept: list[Tensor], span: range, part: range) -> float:
+        """The loss on a part of the examples in ``span``, of which there are divergences or outputs."""
+        rows = slice(part.start - span.start, part.stop - span.start)
         if self.task.fitness == "kl":
-            loss = float(torch.cat(divergences).mean())
-        else:
-            reference = torch.cat(self._outputs[: len(kept)])
-            loss = fitness(self.task, torch.cat(kept), reference, self.split.targets[:n])
-        return loss, float(found.double().mean()), float(self.scores[:n].double().mean())
+            return float(torch.cat(losses)[rows].mean())
+        first = span.start // self.task.batch_size
+        reference = torch.cat(self._outputs[first : first + len(kept)])
+        targets = self.split.targets[part.start : part.stop]
+        return fitness(self.task, torch.cat(kept)[rows], reference[rows], targets)
 
     def loss(self, i: int, outputs: Tensor) -> Tensor:
         """The loss on batch ``i`` alone, with a gradient; a mean over its examples.  # ()"""

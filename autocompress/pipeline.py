@@ -414,6 +414,10 @@ class _Run:
         self.stages.tick(done, total, self.round)
 
     def _finish(self, deliveries: list[Delivery]) -> JobResult:
+        if not deliveries:
+            raise UsageError(
+                "The search ended before it had judged a compressed plan; give it more evaluations or minutes."
+            )
         holding = sorted((d for d in deliveries if self._holds(d) and self._quality_holds(d)), key=self._preference)
         nearest = min(deliveries, key=lambda d: (self._violation(d), d.evaluation.values["loss"]))
         best = holding[0] if holding else None

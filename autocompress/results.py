@@ -51,7 +51,7 @@ class Request(_Record):
     task: str
     data: tuple[str, ...] = ()
     budgets: tuple[str, ...]
-    controller: str = "evolution"
+    controller: str = "auto"
     """One name; with ``race`` several, joined by commas, each perhaps with its own number of evaluations: ``exact:87``."""
     race: bool = False
     """Whether several controllers search one after the other, each with ``evaluations`` or ``minutes``."""

@@ -53,21 +53,22 @@ class Stitched:
         self._ranges: dict[Digest, Range] = {}
         self._fixed: dict[tuple[str, bytes], fx.Node] = {}
 
-    def outputs(self, plan: Plan, split: Split, batch: int) -> Iterator[Tensor]:
-        """Deployed outputs of a plan on the search split or its beginning, batch by batch.  # (batch, ...)"""
+    def outputs(self, plan: Plan, split: Split, batch: int, span: range | None = None) -> Iterator[Tensor]:
+        """Deployed outputs of a plan on the search split or a span of it, batch by batch.  # (batch, ...)"""
         program, target = self.program(plan)
         self.activations.expect(program, 2 if plan == self.database.space.dense else 1)
         prepare = self.database.task.prepare
-        for start in range(0, len(split), batch):
-            inputs = split.inputs[start : start + batch]
-            stop = start + len(inputs)
+        span = span or range(len(split))
+        for start in range(span.start, span.stop, batch):
+            stop = min(start + batch, span.stop)
+            inputs = split.inputs[start:stop]
             with torch.inference_mode():
                 (found,) = self.activations.run(
                     program,
                     [target],
                     (start, stop),
                     lambda inputs=inputs: images_last(prepare(inputs)),  # type: ignore[misc]
-                    least=1 if stop <= self.few else 2,
+                    least=1 if len(span) <= self.few else 2,
                 )
             yield found
 

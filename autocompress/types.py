@@ -443,11 +443,15 @@ def best_levels(probabilities: npt.NDArray[np.float64], offsets: Sequence[int] |
 
 @dataclass(frozen=True)
 class Query:
-    """A plan to be judged at one rung; ``budget`` is the index of the budget it was made for, if any."""
+    """A plan to be judged at one rung; ``budget`` is the index of the budget it was made for, if any.
+
+    ``part``: which slice of the search split the rung ``slice`` takes; there are as many as ``Evaluation.slices`` of ``full``.
+    """
 
     plan: Plan
     fidelity: Fidelity = "full"
     budget: int | None = None
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -458,6 +462,7 @@ class Evaluation:
     ``metric`` (the task's metric on the search split) and ``accuracy_drop`` in points. ``costs``: by
     :func:`cost_key`, in the metrics' units. ``violation``: sum over budgets, 0 when all hold.
     ``seconds``: processor time that measuring took when it was paid; ``cached`` tells that it was answered from the ledger.
+    ``part``: the slice it was judged on. ``slices``: at the rung ``full``, the loss on each slice alone.
     """
 
     plan: Plan
@@ -467,6 +472,8 @@ class Evaluation:
     violation: float
     seconds: float = 0.0
     cached: bool = field(default=False, compare=False)
+    part: int = 0
+    slices: tuple[float, ...] = ()
 
     @property
     def feasible(self) -> bool:

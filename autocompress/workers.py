@@ -36,7 +36,7 @@ from autocompress.prepare import offered
 from autocompress.results import Request
 from autocompress.space import make_space
 from autocompress.tasks import load_task
-from autocompress.types import Fidelity, Plan, Query
+from autocompress.types import Fidelity, Query
 
 RUNGS: tuple[Fidelity, ...] = ("slice", "full", "refitted")
 """What workers judge; distillation stays with the parent, which shows its progress."""
@@ -110,11 +110,11 @@ class Judge:
         self.opening = opening
         self.measurer: Measurer | None = None
 
-    def __call__(self, plan: Plan, fidelity: Fidelity) -> Measured | WorkerError:
+    def __call__(self, query: Query) -> Measured | WorkerError:
         try:
             if self.measurer is None:
                 self.measurer = self.opening.open()
-            return self.measurer(plan, fidelity)
+            return self.measurer(query.plan, query.fidelity, query.part)
         except AutoCompressError as error:
             return WorkerError(str(error))
         except Exception as error:
@@ -152,7 +152,7 @@ class LocalWorkers:
                         doing[pipe] = index = todo.popleft()
                         tries[index] += 1
                         with contextlib.suppress(OSError):  # it has just died: that shows below
-                            pipe.send((queries[index].plan, queries[index].fidelity))
+                            pipe.send(queries[index])
                 for pipe in cast(list[Connection], wait(list(doing))):
                     index = doing.pop(pipe)
                     try:
@@ -218,7 +218,7 @@ def _serve(pipe: Connection, opening: Opening) -> None:
     judge = Judge(opening)
     with contextlib.suppress(EOFError, OSError), contextlib.redirect_stdout(sys.stderr):
         while True:
-            pipe.send(judge(*pipe.recv()))
+            pipe.send(judge(pipe.recv()))
 
 
 def _die_with_parent() -> None:
@@ -258,7 +258,7 @@ class RayWorkers:
                 while todo and idle:
                     index, query = todo.popleft()
                     actor = idle.pop()
-                    doing[actor.judge.remote(query.plan, query.fidelity)] = index, actor
+                    doing[actor.judge.remote(query)] = index, actor
                 for done in self.ray.wait(list(doing), num_returns=1)[0]:
                     index, actor = doing.pop(done)
                     answer = self._answer(done)
@@ -331,8 +331,8 @@ class _Actor:
                 write_bytes(folder / name, content)
         self._judge = Judge(opening)
 
-    def judge(self, plan: Plan, fidelity: Fidelity) -> Measured | WorkerError:
-        return self._judge(plan, fidelity)
+    def judge(self, query: Query) -> Measured | WorkerError:
+        return self._judge(query)
 
     def pid(self) -> int:
         return os.getpid()

@@ -73,6 +73,8 @@ PROBLEMS = {
     "resnet20:macs30": Problem("cifar10:resnet20", PRUNING, ("macs<=30%",)),
     "resnet56:macs50": Problem("cifar10:resnet56", PRUNING, ("macs<=50%",)),
     "resnet56:macs30": Problem("cifar10:resnet56", PRUNING, ("macs<=30%",)),
+    "llama:sparse70": Problem("lm:python_llama", ("sparse",), ("nonzeros<=41%",)),
+    "llama:bits2.5": Problem("lm:python_llama", ("w4", "w3", "w2"), ("weight_bits<=2.5",)),
     "llama:blocks75": Problem("lm:python_llama", ("blocks",), ("macs<=80%",)),
     "llama:joint": Problem("lm:python_llama", ("channels", "blocks", "lowrank", "w8", "w4"), ("size_mb<=35%",)),
     "resnet56:joint": Problem("cifar10:resnet56", METHOD_FAMILIES, ("latency_ms<=60%@local", "size_mb<=30%")),

@@ -49,7 +49,7 @@ def test_batches_do_not_change_the_numbers(kind: str) -> None:
     reference, outputs = logits(0, n, 4), logits(1, n, 4)
     teacher = Teacher(task, split, reference.split(batch))
     for m in (n, 2 * batch):
-        loss, metric, original = teacher.judge(outputs[:m].split(batch))
+        loss, metric, original, _ = teacher.judge(outputs[:m].split(batch))
         assert loss == fitness(task, outputs[:m], reference[:m], split.targets[:m])
         assert metric == task.metric(outputs[:m], split.targets[:m])
         assert original == task.metric(reference[:m], split.targets[:m])
@@ -65,7 +65,7 @@ def test_classes_may_lie_along_another_axis() -> None:
     assert fitness(task, q.movedim(-1, 1), p.movedim(-1, 1), torch.zeros(5)) == pytest.approx(want, rel=1e-12)
     scored = replace(last, score=lambda outputs, targets: outputs.mean((1, 2)))
     teacher = Teacher(scored, Split(torch.zeros(5, 3), torch.zeros(5)), p.split(2))
-    loss, score, original = teacher.judge(q.split(2))
+    loss, score, original, _ = teacher.judge(q.split(2))
     assert loss == pytest.approx(float(TopK.of(p).kl(q).mean()), rel=1e-12) and 0.3 * want < loss < want
     assert score == pytest.approx(float(q.mean()), abs=1e-6) and original == pytest.approx(float(p.mean()), abs=1e-6)
 

@@ -194,7 +194,9 @@ def test_killed_anywhere_it_ends_as_if_it_had_not_been(tmp_path: Path, monkeypat
     measured: list[str] = []
     original = Measurer.__call__
     monkeypatch.setattr(
-        Measurer, "__call__", lambda self, plan, rung: (measured.append(rung), original(self, plan, rung))[1]
+        Measurer,
+        "__call__",
+        lambda self, plan, rung, *more: (measured.append(rung), original(self, plan, rung, *more))[1],
     )
     got = api.run(request, out, task=networks.task("resnet-b")).result
     assert points(got) == points(want) and got.best == want.best and got.evaluations == want.evaluations

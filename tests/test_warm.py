@@ -39,7 +39,7 @@ def paid(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     rungs: list[str] = []
     original = Measurer.__call__
     monkeypatch.setattr(
-        Measurer, "__call__", lambda self, plan, rung: (rungs.append(rung), original(self, plan, rung))[1]
+        Measurer, "__call__", lambda self, plan, rung, *more: (rungs.append(rung), original(self, plan, rung, *more))[1]
     )
     return rungs
 

@@ -43,7 +43,7 @@ def job_json(job: Job) -> dict[str, Any]:
 def submit(
     task: o.TaskSpec,
     budget: o.Budgets,
-    controller: o.Controller = "evolution",
+    controller: o.Controller = "auto",
     race: o.Race = False,
     evaluations: o.Evaluations = None,
     minutes: o.Minutes = None,

@@ -35,7 +35,8 @@ Data = Annotated[
 Controller = Annotated[
     str,
     typer.Option(
-        "--controller", help="The search algorithm: evolution, exact, random or uniform; with --race several."
+        "--controller",
+        help="The search algorithm: auto, evolution, evopress, exact, amc, bayes, random …; with --race several.",
     ),
 ]
 Race = Annotated[

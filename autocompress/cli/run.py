@@ -23,7 +23,7 @@ def compress(
     out_folder: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder for the results; default: runs/TASK-HASH.")
     ] = None,
-    controller: o.Controller = "evolution",
+    controller: o.Controller = "auto",
     race: o.Race = False,
     evaluations: o.Evaluations = None,
     minutes: o.Minutes = None,

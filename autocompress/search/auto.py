@@ -1,149 +1,190 @@
-"""``auto``: tables first, then a model of how sites act together, racing up the ladder, the whole front at once.
+"""``auto``: a model of what plans lose, learned while searching; other examples for each plan; the whole front at once.
 
-It begins as ``exact`` does, but measures only what the next decision needs: a first level of every site, then the others beside
-the search. A Gaussian process over plans (``interactions``) learns from everything that was judged on the slice; candidates are
-mutations of the best plans, climbed uphill on the process, and the optimum of its linearisation within the limits. A few of them
-are judged on the slice, and what leads there goes to ``full``, rarely enough that the ladder's upper rung costs no more than the
-lower one. The search is over when for a dozen generations no gain above a thousandth of the loss was expected.
+A few plans that are plain to see are compared, and plans near the best of them are judged, each on another slice of the search
+split, so that no slice can be overfitted. A Gaussian process over plans (``process``) learns from that and predicts the loss of
+any plan over all slices. Candidates are mutations of the plans that it likes best, climbed uphill on its predictions; a few are
+judged, half of them the likeliest, half the most promising if what is not known turned out well. What it likes best of all that
+was judged goes to ``full``. The search is over when for a dozen generations no gain above a thousandth of the loss was in sight.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Generator, Iterator
 
 import numpy as np
-from scipy.special import ndtr
 
 from autocompress.search.base import CONTROLLERS, Asking, fitness
 from autocompress.search.evolution import Evolution
-from autocompress.search.interactions import Interactions
+from autocompress.search.process import Process
 from autocompress.search.random_ import TINY
-from autocompress.search.tables import FloatArray, all_plans
-from autocompress.types import IntArray, Plan
+from autocompress.search.tables import all_plans
+from autocompress.types import Evaluation, IntArray, Plan, Query
 
 NOISE = 1e-3
 """A gain of this share of a loss is nothing: other images would say otherwise."""
+FORMATS = 8
+"""The formats that most layers offer: each makes a start."""
 
 
 @CONTROLLERS.register("auto")
 class Auto(Evolution):
-    """Any budgets on any costs, quality budgets by the violation that comes back; not the default yet (``docs/log.md``)."""
+    """The default controller: any budgets on any costs, quality budgets by the violation that comes back."""
 
-    offspring = 4
+    offspring = 6
+    goal_share = 0.85
+    initial = 24
+    """Plans judged before the first prediction, one to four mutations away from the start."""
     climbs = 4
     """Rounds of mutation of the candidates that the model likes best, before any of them is judged."""
     parents = 6
-    worth = 10
-    """Plans judged on the slice for one at ``full``: what the upper rung costs, so that half of the time goes to each."""
+    worth = 18
+    """Plans judged on a slice for one at ``full``: that rung then costs a third of the time."""
     idle_after = 12
-    """Generations without an expected gain above ``NOISE`` after which the search is over."""
+    """Generations without a gain above ``NOISE`` in sight after which the search is over."""
 
     def _search(self) -> Asking:
         self._prepare()
         self.pool = all_plans(self.space) if self.space.size <= TINY else None
-        self.since, self.line = 0, 0
-        yield from self._ask_targets(self.one_site.losses(), [0], quick=True)
-        yield from self._judge([self.space.dense], "slice")
-        yield from self._uniform()
-        passes = self.one_site.passes()
-        yield from self._measure(passes[0] if passes else [])
+        self.parts = self._turns()
+        yield from self._begin()
         yield from self._bisect(self.one_site.losses())
-        rest = [plan for later in passes[1:] for plan in later]
-        generation = idle = quiet = 0
+        limit = self._pick() if self.free else self.targets[0]
+        yield from self._judge(self._near(self._parent(limit), limit), "slice", self.parts)
+        idle = quiet = since = 0
         while idle < self.patience and quiet < self.idle_after:
+            children, gain = self._propose(self._model(), limit)
+            idle = 0 if children else idle + 1
+            quiet = quiet + 1 if gain <= NOISE else 0
+            yield from self._judge(children, "slice", self.parts)
+            since += len(children)
+            if since >= self.worth:
+                since = 0
+                yield from self._promote(limit)
             limit = self._pick()
-            children, gain, best = self._propose(limit, generation)
-            generation += 1
-            idle = 0 if children or rest else idle + 1
-            quiet = quiet + 1 if not rest and gain <= NOISE * best < math.inf else 0
-            yield from self._judge(children, "slice")
-            yield from self._measure(rest[:1])
-            rest = rest[1:]
-            self.since += len(children) + 1
-            if self.since >= self.worth:
-                yield from self._promote()
-        yield from self._finals()
+        for limit in self.targets:
+            yield from self._promote(limit)
 
-    # ------------------------------------------------------------ the ladder
+    def _turns(self) -> Iterator[int]:
+        """The slices, one after the other."""
+        while True:
+            yield from range(len(self._dense_losses()))
 
-    def _uniform(self) -> Asking:
-        """The mildest plan within the goal's limits that goes equally far at every site: a parent beside the table's optimum."""
-        ladder = self.one_site.ladder()
-        fits = self.tables.fits(ladder, self.targets[0])
-        if any(fits):
-            for rung in ("slice", "full"):
-                yield from self._judge([ladder[fits.index(True)]], rung)
+    def _dense_losses(self) -> tuple[float, ...]:
+        """Losses of the dense plan on each slice; on the first alone, if the evaluator knows of no other."""
+        dense = self.seen.get(("full", self.space.dense))
+        known = dense.slices if dense is not None else ()
+        return tuple(loss if math.isfinite(loss) else 0.0 for loss in known) or (self._zero(),)
 
-    def _promote(self) -> Asking:
-        """The leaders on the slice go to ``full``: the goal's, or, where it was judged, that of the next target in line."""
-        self.since = 0
-        for _ in self.targets:
-            target = 0 if self.line % 2 == 0 else 1 + (self.line // 2) % (len(self.targets) - 1)
-            self.line += 1
-            inside = self._inside(self.targets[target])
-            if inside and ("full", inside[0].plan) not in self.seen:
-                yield from self._judge([inside[0].plan], "full")
-                return
+    # ------------------------------------------------------------ where to begin
+
+    def _begin(self) -> Asking:
+        """A plan for whoever stops early, the original's losses, the best plan that is plain to see, and the best ones known."""
+        holds = self.tables.fits([self.space.dense], self.targets[0])[0]
+        plain = self._plain(self.targets[1 if holds and len(self.targets) > 1 else 0])
+        yield from self._judge(plain[:1], "full")
+        [dense] = yield from self._judge([self.space.dense], "full")
+        if not dense.slices:
+            yield from self._judge([self.space.dense], "slice")
+        found = yield from self._judge(plain, "slice")
+        known = [e for e in self.known if e.fidelity == "full" and self.tables.fits([e.plan], self.targets[0])[0]]
+        best = [*_by_loss(found)[:1], *_by_loss(known)[: self.promoted]]
+        yield from self._judge([e.plan for e in best], "full")
+
+    def _plain(self, limit: IntArray) -> list[Plan]:
+        """The mildest plans within limits that go equally far at every site, or have one format and go equally far elsewhere;
+        and the optimum of the table model before anything was measured."""
+        space, ladder = self.space, self.one_site.ladder()
+        layers = [s for s, site in enumerate(space.sites) if site.kind == "layer"]
+        offered = [{level.hash: i for i, level in enumerate(space.levels[s]) if i} for s in layers]
+        ladders = [ladder]
+        for chosen, n in Counter(h for hashes in offered for h in hashes).most_common(FORMATS):
+            if 2 * n >= len(layers):
+                at = {s: hashes[chosen] for s, hashes in zip(layers, offered, strict=True) if chosen in hashes}
+                ladders.append([tuple(at.get(s, level) for s, level in enumerate(plan)) for plan in ladder])
+        inside = [[p for p, ok in zip(plans, self.tables.fits(plans, limit), strict=True) if ok] for plans in ladders]
+        solved = self._solve(self.one_site.losses(), 0, quick=True)
+        found = [*(plans[0] for plans in inside if plans), *([solved] if solved is not None else [])]
+        return list(dict.fromkeys(map(space.effective, found)))
+
+    def _near(self, start: Plan, limit: IntArray) -> list[Plan]:
+        """Plans around the start, within limits."""
+        found: dict[Plan, None] = {}
+        for _ in range(20 * self.initial):
+            plan = start
+            for _ in range(self.rng.randint(1, 4)):
+                plan = self._mutate(plan)
+            found.update(dict.fromkeys(self._fresh([self.space.effective(plan)], limit)))
+            if len(found) >= self.initial:
+                break
+        return list(found)
 
     # ------------------------------------------------------------ candidates
 
-    def _propose(self, limit: IntArray, generation: int) -> tuple[list[Plan], float, float]:
-        """Plans to judge on the slice, the gain they promise, and the loss above dense that it counts from."""
-        leaders = self._inside(limit)
-        model = self._model()
-        best = fitness(leaders[0]) - self._zero() if leaders else math.inf
-        starts = [e.plan for e in leaders[: self.parents]] or [self._parent(limit)]
-        pool = self._candidates(starts, limit, model)
-        if self.pool is None and generation % self.resolve_every == 0:
-            solved = self._decide(lambda: self._linearised(model, starts[0], limit))
-            if solved is not None and ("slice", solved) not in self.seen:
-                pool = list(dict.fromkeys([solved, *pool]))
-        if not pool:
-            return [], 0.0, best
-        mean, spread = model.predict(pool)
-        gain = _expected_gain(best, mean, spread)
-        order = sorted(range(len(pool)), key=lambda i: (-gain[i], mean[i], pool[i]))
-        likely = sorted(range(len(pool)), key=lambda i: (mean[i], pool[i]))
-        chosen = list(dict.fromkeys([*likely[:1], *order[: self.offspring - 2]]))
-        rest = [i for i in likely[: max(self.offspring, len(likely) // 2)] if i not in chosen]
-        chosen += self.rng.sample(rest, min(len(rest), self.offspring - len(chosen)))
-        return [pool[i] for i in chosen], float(gain.max()) if math.isfinite(best) else math.inf, best
-
-    def _model(self) -> Interactions:
-        model = Interactions(self.tables, self.one_site.losses())
-        known = [e for e in self._finite("slice") if sum(level > 0 for level in e.plan) > 1]
-        if known:
-            model.fit([e.plan for e in known], np.array([fitness(e) - self._zero() for e in known]))
+    def _model(self) -> Process:
+        """The process that knows all that was judged, and what earlier searches have."""
+        dense = self._dense_losses()
+        observed: list[dict[Plan, float]] = [{} for _ in dense]
+        for e in (*self.known, *self.seen.values()):
+            if e.fidelity == "slice":
+                losses = {e.part: fitness(e)}
+            elif e.fidelity == "full":
+                losses = dict(enumerate(e.slices))
+            else:
+                continue
+            for part, loss in losses.items():
+                if math.isfinite(loss):
+                    observed[part][e.plan] = loss - dense[part]
+        model = Process(self.space, self.orders)
+        model.fit(observed)
         return model
 
-    def _candidates(self, starts: list[Plan], limit: IntArray, model: Interactions) -> list[Plan]:
-        """New plans within the limits that the model likes: mutations of the starts, then of the best of these."""
+    def _propose(self, model: Process, limit: IntArray) -> tuple[list[Plan], float]:
+        """Plans to judge on a slice, and the gain in sight as a share of the loss."""
+        starts = self._best_known(model, limit) or [self._parent(limit)]
+        found = self._candidates(model, limit, starts)
+        if not found:
+            return [], 0.0
+        loss, hope = model.predict(found)
+        likely, hoped = ([found[i] for i in np.argsort(values, kind="stable")] for values in (loss, hope))
+        chosen = dict.fromkeys(likely[: self.offspring // 2])
+        for plan in hoped:
+            if len(chosen) < self.offspring:
+                chosen[plan] = None
+        best = float(model.predict(starts[:1])[0][0])
+        return list(chosen), (best - float(hope.min())) / max(best, 1e-12)
+
+    def _best_known(self, model: Process, limit: IntArray) -> list[Plan]:
+        """The plans within limits that the model likes best, of all that were judged."""
+        plans = list(dict.fromkeys(plan for _, plan in self.seen))
+        return self._liked(model, plans, limit)[: self.parents]
+
+    def _liked(self, model: Process, plans: list[Plan], limit: IntArray) -> list[Plan]:
+        """Those within limits, the best predicted first."""
+        inside = [p for p, fits in zip(plans, self.tables.fits(plans, limit), strict=True) if fits]
+        return [inside[i] for i in np.argsort(model.predict(inside)[0], kind="stable")] if inside else []
+
+    def _candidates(self, model: Process, limit: IntArray, starts: list[Plan]) -> list[Plan]:
+        """New plans within the limits: mutations of the starts, then of those that the model likes best."""
         if self.pool is not None:
             return self._fresh(self.pool, limit)
-        found: dict[Plan, float] = {}
+        first, found = starts[0], dict[Plan, float]()
         for _ in range(self.climbs):
-            each = self.candidates // self.climbs // len(starts)
-            raw = dict.fromkeys(self.space.effective(self._mutate(s)) for s in starts for _ in range(max(each, 4)))
+            each = max(self.candidates // self.climbs // len(starts), 4)
+            raw = dict.fromkeys(self.space.effective(self._mutate(s)) for s in starts for _ in range(each))
             fresh = [p for p in self._fresh(list(raw), limit) if p not in found]
             if fresh:
-                mean, spread = model.predict(fresh)
-                found.update(zip(fresh, (mean - 0.5 * spread).tolist(), strict=True))
+                found.update(zip(fresh, model.predict(fresh)[0].tolist(), strict=True))
             ranked = sorted(found, key=lambda p: (found[p], p))
-            starts = [*ranked[: self.parents], starts[0]]
-        return sorted(found, key=lambda p: (found[p], p))[:64]
+            starts = [*ranked[: self.parents], first]
+        return sorted(found)
 
-    def _linearised(self, model: Interactions, at: Plan, limit: IntArray) -> Plan | None:
-        """The optimum within the limits of the model's first order around a plan: what each single switch would change."""
-        switched = [self.tables.switched(at, option) for option in range(self.tables.n_options)]
-        mean, _ = model.predict(switched)
-        return self._within(mean - mean[self.tables.current(at)][self.tables.site_of], limit, at)
+    def _promote(self, limit: IntArray) -> Generator[list[Query], list[Evaluation], None]:
+        """Of all plans within limits that were judged on a slice alone, the one that the model likes best goes to ``full``."""
+        plans = [p for rung, p in self.seen if rung == "slice" and ("full", p) not in self.seen]
+        yield from self._judge(self._liked(self._model(), plans, limit)[:1], "full")
 
 
-def _expected_gain(best: float, mean: FloatArray, spread: FloatArray) -> FloatArray:
-    """``E max(0, best - loss)`` of each candidate (Jones et al. 1998); minus the mean where nothing is known to beat."""
-    if not math.isfinite(best):
-        return -mean
-    z = (best - mean) / np.maximum(spread, 1e-12)
-    density = np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
-    gain: FloatArray = (best - mean) * ndtr(z) + spread * density
-    return gain
+def _by_loss(evaluations: list[Evaluation]) -> list[Evaluation]:
+    return sorted(evaluations, key=lambda e: (fitness(e), e.plan))

@@ -8,10 +8,11 @@ replays the coroutine, without solving anything again. A group holds plans, or m
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from autocompress.errors import UsageError
@@ -33,7 +34,7 @@ from autocompress.types import (
 )
 
 Asking = Generator[list[Query], list[Evaluation], Any]
-Answers = Generator[list[Query], list[Evaluation], list[Evaluation]]
+Judged = Generator[list[Query], list[Evaluation], list[Evaluation]]
 
 CONTROLLERS: Registry[Callable[[SearchSpace, Costs, Sequence[Budget], int], Controller]] = Registry("controller")
 """Name of ``--controller`` -> what builds it from ``(space, costs, budgets, seed)``."""
@@ -174,23 +175,29 @@ class BaseController(ABC):
         """What was told of a rung, without broken plans."""
         return [e for (rung, _), e in self.seen.items() if rung == fidelity and math.isfinite(fitness(e))]
 
-    def _judge(self, plans: Sequence[Plan], fidelity: Fidelity) -> Answers:
-        """Evaluations of plans in effect; those already told are not asked again. Full queries within the limits name the
-        budget."""
+    def _judge(self, plans: Sequence[Plan], fidelity: Fidelity, parts: Iterable[int] = itertools.repeat(0)) -> Judged:
+        """Evaluations of plans in effect; those already told are not asked again, on whatever slice they were judged.
+
+        ``parts``: the slices that new plans are judged on, in turn. Full queries within the limits name the budget.
+        """
         plans = [self.space.effective(plan) for plan in plans]
         fresh = [p for p in dict.fromkeys(plans) if (fidelity, p) not in self.seen]
         if fresh:
             budget = next((i for i in self.limits.budgets if i >= 0), None) if fidelity == "full" else None
             within = self.tables.fits(fresh, self.limits.limit)
-            yield [Query(p, fidelity, budget if ok else None) for p, ok in zip(fresh, within, strict=True)]
+            places = itertools.islice(parts, len(fresh))
+            yield [
+                Query(plan, fidelity, budget if ok else None, part)
+                for plan, ok, part in zip(fresh, within, places, strict=True)
+            ]
         return [self.seen[fidelity, p] for p in plans]
 
 
 def _answers(queries: Sequence[Query], evaluations: Sequence[Evaluation]) -> bool:
     """Whether evaluations are those of the queries, in their order."""
-    asked = [(q.plan, q.fidelity, q.probabilities if isinstance(q, SoftQuery) else None) for q in queries]
+    asked = [(q.plan, q.fidelity, q.part, q.probabilities if isinstance(q, SoftQuery) else None) for q in queries]
     return asked == [
-        (e.plan, e.fidelity, e.probabilities if isinstance(e, SoftEvaluation) else None) for e in evaluations
+        (e.plan, e.fidelity, e.part, e.probabilities if isinstance(e, SoftEvaluation) else None) for e in evaluations
     ]
 
 
@@ -205,20 +212,39 @@ def _number(value: float) -> float | str:
 
 def _to_json(e: Evaluation) -> list[Any]:
     values, costs = ({k: _number(v) for k, v in numbers.items()} for numbers in (e.values, e.costs))
-    return [list(e.plan), e.fidelity, values, costs, _number(e.violation), e.seconds]
+    return [
+        list(e.plan),
+        e.fidelity,
+        values,
+        costs,
+        _number(e.violation),
+        e.seconds,
+        e.part,
+        [_number(loss) for loss in e.slices],
+    ]
 
 
 def _from_json(item: Sequence[Any]) -> Evaluation:
-    plan, fidelity, values, costs, violation, seconds = item
+    plan, fidelity, values, costs, violation, seconds, part, slices = item
     if fidelity not in FIDELITIES:
         raise UsageError(f"This search state has an unknown fidelity {fidelity!r}; start the search anew.")
     values, costs = ({k: float(v) for k, v in numbers.items()} for numbers in (values, costs))
-    return Evaluation(tuple(plan), fidelity, values, costs, float(violation), seconds)
+    number = float(violation)
+    return Evaluation(
+        tuple(plan), fidelity, values, costs, number, seconds, part=part, slices=tuple(float(loss) for loss in slices)
+    )
 
 
 def _soft_from_json(item: Sequence[Any]) -> SoftEvaluation:
     *known, probabilities, gradient = item
     e = _from_json(known)
     return SoftEvaluation(
-        e.plan, e.fidelity, e.values, e.costs, e.violation, e.seconds, False, tuple(probabilities), tuple(gradient)
+        e.plan,
+        e.fidelity,
+        e.values,
+        e.costs,
+        e.violation,
+        e.seconds,
+        probabilities=tuple(probabilities),
+        gradient=tuple(gradient),
     )

@@ -23,7 +23,7 @@ from autocompress.types import Evaluation, Fidelity, IntArray, Plan, Query
 
 @CONTROLLERS.register("evolution")
 class Evolution(TableSearch):
-    """The default controller: any budgets on any costs, quality budgets by the violation that comes back."""
+    """Any budgets on any costs, quality budgets by the violation that comes back."""
 
     offspring = 8
     promoted = 2

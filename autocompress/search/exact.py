@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 
 import numpy as np
 
-from autocompress.search.base import CONTROLLERS, Answers, Asking, BaseController, fitness
+from autocompress.search.base import CONTROLLERS, Asking, BaseController, Judged, fitness
 from autocompress.search.feasible import floors
 from autocompress.search.solver import Solver, repair
 from autocompress.search.sweep import OneSite
@@ -62,7 +62,7 @@ class TableSearch(BaseController):
             self.plans[target] = plan
         return plan
 
-    def _ask_targets(self, losses: FloatArray, targets: Sequence[int], quick: bool = False) -> Answers:
+    def _ask_targets(self, losses: FloatArray, targets: Sequence[int], quick: bool = False) -> Judged:
         """Judge the solutions for targets at ``full``."""
         found: list[Evaluation] = []
         for target in targets:

@@ -111,7 +111,7 @@ class Gradient(TableSearch):
     def _slope(self, p: FloatArray) -> Generator[list[Query], list[Evaluation], SoftEvaluation]:
         """The loss of a mixture and its gradient."""
         plan = best_levels(p, self.tables.offsets)
-        (answer,) = yield [SoftQuery(plan, "slice", None, tuple(p.tolist()))]
+        (answer,) = yield [SoftQuery(plan, "slice", probabilities=tuple(p.tolist()))]
         return cast(SoftEvaluation, answer)
 
     def _round(self, losses: FloatArray, limit: IntArray, p: FloatArray) -> Asking:

@@ -58,7 +58,14 @@ def _soft(evaluator: SoftEvaluator, query: SoftQuery) -> SoftEvaluation:
     loss, gradient = evaluator.loss_and_grad(np.array(query.probabilities, np.float64))
     spent, slope = time.process_time() - start, tuple(gradient.tolist())
     return SoftEvaluation(
-        query.plan, query.fidelity, {"loss": loss}, {}, math.inf, spent, False, query.probabilities, slope
+        query.plan,
+        query.fidelity,
+        {"loss": loss},
+        {},
+        math.inf,
+        spent,
+        probabilities=query.probabilities,
+        gradient=slope,
     )
 
 

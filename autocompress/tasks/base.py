@@ -32,7 +32,11 @@ class Split:
 
     def take(self, n: int) -> Split:
         """The first ``n`` examples (all, when there are fewer)."""
-        return Split(self.inputs[:n], self.targets[:n])
+        return self.span(range(n))
+
+    def span(self, of: range) -> Split:
+        """A stretch of the examples."""
+        return Split(self.inputs[of.start : of.stop], self.targets[of.start : of.stop])
 
 
 def top1(outputs: Tensor, targets: Tensor) -> Tensor:

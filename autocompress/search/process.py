@@ -1,0 +1,119 @@
+"""What plans lose, learned from what others lost: a Gaussian process over plans (Rasmussen & Williams 2006, chapter 2).
+
+It learns from single slices of the search split, each loss divided by how hard its slice is, so that plans which were judged on
+different examples tell of each other. All of it happens in roots of losses: to second order a divergence is a squared length.
+
+The kernel is a squared exponential over levels coded as thermometers: two levels of one method are as far apart as there are
+levels between them, levels of different methods as far as both are from dense. Its length scale and its noise are the likeliest.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy.linalg import cho_solve, solve_triangular
+
+from autocompress.search.tables import FloatArray
+from autocompress.types import Plan, SearchSpace
+
+SCALES = (1.0, 1.5, 2.5, 4.0, 6.5)
+"""Length scales that are tried; a site's most compressed level is 1 from dense."""
+NOISES = (0.01, 0.05, 0.2)
+"""Variance of a root on one slice that no plan explains, as a share of its variance over plans."""
+MEMORY = 400
+"""Plans kept: the ones of least loss, for they are near where the search is."""
+
+Observations = Sequence[Mapping[Plan, float]]
+"""The losses above dense's of the plans that were judged on each slice."""
+
+
+class Process:
+    """``orders``: levels of each site from the costliest to the most saving."""
+
+    def __init__(self, space: SearchSpace, orders: Sequence[Sequence[int]]) -> None:
+        self.codes = [_thermometer(space, site, order) for site, order in enumerate(orders)]
+        self.coded: FloatArray | None = None
+
+    def fit(self, observed: Observations) -> None:
+        """Learn from finite losses."""
+        known = mean_roots(observed)
+        if not known:
+            return
+        plans = sorted(known, key=lambda p: (known[p][0], p))[:MEMORY]
+        roots, times = np.array([known[p] for p in plans], float).T
+        self.mean, self.coded = float(roots.mean()), self._coded(plans)
+        rest, distances = roots - self.mean, _distances(self.coded, self.coded)
+        best = -np.inf
+        for scale, noise in itertools.product(SCALES, NOISES):
+            lower = np.linalg.cholesky(np.exp(-distances / (2 * scale**2)) + np.diag(noise / times))
+            weights = cho_solve((lower, True), rest)
+            variance = max(float(rest @ weights) / len(rest), 1e-12)
+            likelihood = -0.5 * len(rest) * np.log(variance) - np.log(lower.diagonal()).sum()
+            if likelihood > best:
+                best, self.scale, self.variance, self.lower, self.weights = likelihood, scale, variance, lower, weights
+
+    def predict(self, plans: Sequence[Plan]) -> tuple[FloatArray, FloatArray]:
+        """The loss of plans, and the loss if what is not known of them were in their favour: a standard deviation below.
+
+        # (n_plans,), (n_plans,); zeros while nothing is known.
+        """
+        if self.coded is None:
+            return np.zeros(len(plans)), np.zeros(len(plans))
+        across = np.exp(-_distances(self._coded(plans), self.coded) / (2 * self.scale**2))
+        explained = solve_triangular(self.lower, across.T, lower=True)
+        spread = np.sqrt(self.variance * np.maximum(1 - (explained**2).sum(axis=0), 0))
+        root = self.mean + across @ self.weights
+        return _square(root), _square(root - spread)
+
+    def _coded(self, plans: Sequence[Plan]) -> FloatArray:
+        chosen = np.asarray(plans, np.int64).reshape(len(plans), -1)
+        return np.concatenate([code[chosen[:, site]] for site, code in enumerate(self.codes)], axis=1)
+
+
+def mean_roots(observed: Observations) -> dict[Plan, tuple[float, int]]:
+    """Root of the loss of each plan, and the number of slices it was judged on.
+
+    A slice is as hard as its roots are against the mean over all slices, of the plans that were judged on all of them.
+    """
+    roots = [{plan: _root(loss) for plan, loss in one.items()} for one in observed]
+    everywhere = sorted(set(roots[0]).intersection(*roots[1:]))
+    total = np.array([sum(one[plan] for plan in everywhere) for one in roots])
+    hard = total / total.mean() if total.min() > 0 else np.ones(len(roots))
+    found: dict[Plan, list[float]] = {}
+    for one, factor in zip(roots, hard.tolist(), strict=True):
+        for plan, root in one.items():
+            found.setdefault(plan, []).append(root / factor)
+    return {plan: (sum(values) / len(values), len(values)) for plan, values in found.items()}
+
+
+def _root(loss: float) -> float:
+    return float(np.sign(loss) * np.sqrt(abs(loss)))
+
+
+def _square(roots: FloatArray) -> FloatArray:
+    squares: FloatArray = np.sign(roots) * roots**2
+    return squares
+
+
+def _thermometer(space: SearchSpace, site: int, order: Sequence[int]) -> FloatArray:
+    """Digits of each level: those of one method count up in the order of saving, dense has none.  # (n_levels, n_digits)"""
+    scales: dict[tuple[str, ...], list[int]] = {}
+    for level in order:
+        steps = space.levels[site][level].steps
+        if steps:
+            scales.setdefault(tuple(type(step).__name__ for step in steps), []).append(level)
+    code = np.zeros((space.n_levels[site], sum(map(len, scales.values()))))
+    start = 0
+    for levels in scales.values():
+        for i, level in enumerate(levels):
+            code[level, start : start + i + 1] = len(levels) ** -0.5
+        start += len(levels)
+    return code
+
+
+def _distances(one: FloatArray, two: FloatArray) -> FloatArray:
+    """Squared Euclidean distances.  # (n, d), (m, d) -> (n, m)"""
+    squares: FloatArray = (one**2).sum(axis=1)[:, None] + (two**2).sum(axis=1) - 2 * one @ two.T
+    return np.maximum(squares, 0)
