@@ -136,7 +136,7 @@ def layer_levels(
 
 
 def _factorizations(graph: Graph, layer: Layer, families: Collection[str], minimum: int) -> list[Factored]:
-    """Forms other than ``lowrank`` that one layer can have and that save weights and multiplications."""
+    """Forms other than ``lowrank`` that one layer can have and that save weights or multiplications."""
     module, weight = graph.module.get_submodule(layer.name), _weight(graph, layer)
     if layer.depthwise or weight.numel() < minimum:
         return []
@@ -145,7 +145,7 @@ def _factorizations(graph: Graph, layer: Layer, families: Collection[str], minim
         if "lord" in families:
             found.append(OutputFeatures(ratio))
         if "cur" in families:
-            found.append(CUR(ratio))
+            found.append(CUR(ratio, columns=False))
         if isinstance(module, nn.Conv2d):
             if "tucker" in families and max(module.kernel_size) > 1:
                 found.append(Tucker2(ratio))
@@ -160,11 +160,11 @@ def _factorizations(graph: Graph, layer: Layer, families: Collection[str], minim
 
 
 def saves(method: Factored, kernel: Kernel) -> bool:
-    """Whether a factorization really has fewer weights and fewer multiplications than the layer."""
+    """Whether a factorization has fewer weights, hence bytes, or fewer multiplications; the cost tables know the rest."""
     handler = handler_of(method)
     assert handler is not None
     parts = handler.lower(method, kernel)
-    return sum(p.weights for p in parts) < kernel.weights and sum(p.macs for p in parts) < kernel.macs
+    return sum(p.weights for p in parts) < kernel.weights or sum(p.macs for p in parts) < kernel.macs
 
 
 def _kernel(graph: Graph, layer: Layer) -> Kernel:
