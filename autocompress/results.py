@@ -31,6 +31,8 @@ RESEARCH_FAMILIES = (
     "sparse-obc",
     "sparse-magnitude",
     "lut",
+    "spqr",
+    "billm",
     "rate",
 )
 """To be named by a user: longer searches, or no gain in a runtime. Budgets: ``nonzeros``, ``weight_bits`` and ``packed_mb``."""

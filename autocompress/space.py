@@ -17,6 +17,7 @@ from autocompress.errors import UnknownName, UsageError
 from autocompress.graph import Graph, Group, Layer
 from autocompress.methods import (
     CUR,
+    BiLLM,
     BlockDrop,
     Factored,
     GroupedSVD,
@@ -25,6 +26,7 @@ from autocompress.methods import (
     OutputFeatures,
     RateDistortion,
     Sparse,
+    SpQR,
     StaticInt8,
     TensorTrain,
     Tucker2,
@@ -125,6 +127,10 @@ def layer_levels(
     levels += [Level((step,)) for step in rounded]
     if "lut" in families:
         levels += [Level((Lookup(4),)), Level((Lookup(3),)), Level((Lookup(2),))]
+    if "spqr" in families:
+        levels += [Level((SpQR(4),)), Level((SpQR(3),)), Level((SpQR(2),))]
+    if "billm" in families:
+        levels.append(Level((BiLLM(),)))
     for family, by in SPARSE_BY.items():
         if family in families:
             levels += [Level((Sparse(sparsity, by=by),)) for sparsity in SPARSITIES]

@@ -2,6 +2,7 @@
 
 from autocompress.methods import gptq as gptq  # registers the handler of WeightQuant
 from autocompress.methods.base import METHODS, LayerContext, LayerMethod, handler_of
+from autocompress.methods.billm import BiLLM
 from autocompress.methods.cur import CUR
 from autocompress.methods.factored import Factored
 from autocompress.methods.grouped import GroupedSVD
@@ -13,6 +14,7 @@ from autocompress.methods.pruning import BlockDrop, ChannelPruning
 from autocompress.methods.quantization import StaticInt8, WeightQuant
 from autocompress.methods.rate import RateDistortion
 from autocompress.methods.sparsity import Sparse
+from autocompress.methods.spqr import SpQR
 from autocompress.methods.tucker import Tucker2
 
 METHODS.register("channels")(ChannelPruning)
@@ -21,6 +23,7 @@ METHODS.register("blocks")(BlockDrop)
 __all__ = [
     "CUR",
     "METHODS",
+    "BiLLM",
     "BlockDrop",
     "ChannelPruning",
     "Factored",
@@ -32,6 +35,7 @@ __all__ = [
     "OutputFeatures",
     "RateDistortion",
     "Sparse",
+    "SpQR",
     "StaticInt8",
     "TensorTrain",
     "Tucker2",
