@@ -36,7 +36,8 @@ from autocompress.gram import (
 )
 from autocompress.graph import Graph, Keep, Layer, aliases, make_layer, rebuild, slice_channelwise, slice_layer
 from autocompress.methods import ChannelPruning, Factored, LayerContext, StaticInt8, handler_of
-from autocompress.methods.pruning import l2_importance, obs_order, taylor_importance
+from autocompress.methods.importance import GRADIENT_SCORES, WEIGHT_SCORES, random_importance
+from autocompress.methods.pruning import obs_order
 from autocompress.methods.quantization import ActivationQuant
 from autocompress.prefix import ByteCache
 from autocompress.results import Importance
@@ -171,11 +172,13 @@ class LevelDatabase:
         groups = self.graph.groups
         if self.importance == "obs":
             return {group.name: obs_order(self.graph, group, self.folded, self.gram) for group in groups}
-        if self.importance == "taylor" and groups:
-            split = self.task.calibration.take(TAYLOR_IMAGES)
-            scores = taylor_importance(self.graph, groups, self.task.batches(split, self.batch_size), self.task.loss)
+        if self.importance in GRADIENT_SCORES:
+            batches = self.task.batches(self.task.calibration.take(TAYLOR_IMAGES), self.batch_size)
+            scores = GRADIENT_SCORES[self.importance](self.graph, groups, batches, self.task.loss) if groups else {}
+        elif self.importance == "random":
+            scores = {group.name: random_importance(self.graph, group, self.seed) for group in groups}
         else:
-            scores = {group.name: l2_importance(self.graph, group) for group in groups}
+            scores = {group.name: WEIGHT_SCORES[self.importance](self.graph, group) for group in groups}
         return {name: np.argsort(-score, kind="stable").astype(np.int64) for name, score in scores.items()}
 
     # ------------------------------------------------------------ reading a plan

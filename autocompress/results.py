@@ -39,8 +39,8 @@ RESEARCH_FAMILIES = (
 ALL_FAMILIES = (*METHOD_FAMILIES, *RESEARCH_FAMILIES)
 
 
-Importance = Literal["l2", "taylor", "obs"]
-"""How the channels of a group are ordered; see ``methods/pruning.py``."""
+Importance = Literal["obs", "l1", "l2", "fpgm", "bn", "taylor", "fisher", "lrp", "random"]
+"""How the channels of a group are ordered; see ``methods/pruning.py`` and ``methods/importance.py``."""
 
 
 class _Record(BaseModel):
