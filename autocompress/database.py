@@ -34,8 +34,9 @@ from autocompress.gram import (
     unfold,
     unfolded_size,
 )
-from autocompress.graph import Graph, Keep, Layer, aliases, make_layer, rebuild, slice_channelwise, slice_layer
+from autocompress.graph import Graph, Group, Keep, Layer, aliases, make_layer, rebuild, slice_channelwise, slice_layer
 from autocompress.methods import ChannelPruning, Factored, LayerContext, StaticInt8, handler_of
+from autocompress.methods.datafree import UDFC, compensated, moments_of
 from autocompress.methods.importance import GRADIENT_SCORES, WEIGHT_SCORES, random_importance
 from autocompress.methods.pruning import obs_order
 from autocompress.methods.quantization import ActivationQuant
@@ -72,9 +73,10 @@ class LevelDatabase:
             s for levels in space.levels for level in levels for s in level.steps if isinstance(s, ChannelPruning)
         ]
         self.importance: Importance = pruning[0].importance if pruning else "obs"
+        self.data_free = any(isinstance(step, UDFC) for step in pruning)
         settings = [VERSION, task.hash, GRAM_IMAGES, ROWS_PER_INPUT, TAYLOR_IMAGES, seed]
         self.folder = root / digest(settings)
-        self.key = digest([settings, self.importance])
+        self.key = digest([settings, self.importance, *["data-free"] * self.data_free])
         self.batch_size = min(BATCH, task.batch_size)
         self._grams: dict[str, Tensor] = {}
         self._orders: dict[str, npt.NDArray[np.int64]] = {}
@@ -83,6 +85,7 @@ class LevelDatabase:
         self._contexts: ByteCache[tuple[object, ...], LayerContext] = ByteCache(CONTEXT_BYTES)
         self._site = {site.name: i for i, site in enumerate(space.sites)}
         self._folded: dict[str, Weights] = {}
+        self._moments: dict[str, Tensor | None] = {}
 
     # ------------------------------------------------------------ building
 
@@ -92,7 +95,7 @@ class LevelDatabase:
         cancelled: Callable[[], bool] | None = None,
     ) -> None:
         """Make what is not on disk yet; safe to interrupt, continues with the next chunk."""
-        layers = [name for name in self.graph.layers if 0 < self._size(name) <= MAX_INPUTS]
+        layers = [name for name in self.graph.layers if 0 < self._size(name) <= MAX_INPUTS and not self.data_free]
         chunks = [layers[i : i + CHUNK_LAYERS] for i in range(0, len(layers), CHUNK_LAYERS)]
         total = len(chunks) + 1
         for done, names in enumerate(chunks):
@@ -102,7 +105,7 @@ class LevelDatabase:
                 self._save(path, self._measure_grams(names))
             self._grams.update(self._load(path))
         self._checkpoint(progress, cancelled, len(chunks), total)
-        path = self.folder / f"orders_{self.importance}.safetensors"
+        path = self.folder / f"orders_{self.importance}{'_data_free' * self.data_free}.safetensors"
         if not path.exists():
             orders = {name: torch.from_numpy(order) for name, order in self._measure_orders().items()}
             self._save(path, orders or {"none": torch.zeros(0)})
@@ -228,20 +231,27 @@ class LevelDatabase:
         """Gram matrix of a layer's dense inputs; ``None`` for depthwise and very wide layers."""
         return self._grams.get(name)
 
+    def _second_moments(self, group: Group) -> Tensor | None:
+        """What weights alone tell of a group's channels, once a model."""
+        if group.name not in self._moments:
+            self._moments[group.name] = moments_of(self.graph, group, self.folded)
+        return self._moments[group.name]
+
     def refitted(self, layer: Layer, columns: npt.NDArray[np.intp]) -> Weights:
-        """All output rows, refitted behind the kept inputs on *dense* inputs (plan-independent, cached)."""
+        """All output rows, refitted behind the kept inputs on *dense* inputs, or without a Gram matrix from weights alone.
+
+        Plan-independent and cached.
+        """
         key = (layer.name, columns.tobytes())
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
         weight, bias = self.folded(layer.name)
         gram = self.gram(layer.name)
-        area = weight[0, 0].numel()
-        kept = columns_of(columns, area)
         if gram is None:
-            new = weight.flatten(1)[:, kept], bias
+            new = compensated(self.graph, layer, weight, columns, self._second_moments), bias
         else:
-            new = refit(weight.flatten(1), bias, gram, kept)
+            new = refit(weight.flatten(1), bias, gram, columns_of(columns, weight[0, 0].numel()))
         result = (new[0].reshape(len(weight), len(columns), *weight.shape[2:]), new[1])
         self._cache[key] = result
         self._cache_bytes += sum(t.nbytes for t in result)

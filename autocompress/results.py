@@ -17,6 +17,7 @@ STAGES: tuple[Stage, ...] = ("task", "graph", "database", "profile", "search", "
 METHOD_FAMILIES = ("channels", "blocks", "lowrank", "int8", "w8", "w4")
 """The families a search uses unless ``--methods`` says otherwise."""
 RESEARCH_FAMILIES = (
+    "udfc",
     "lord",
     "cur",
     "tucker",

@@ -17,8 +17,10 @@ from autocompress.errors import UnknownName, UsageError
 from autocompress.graph import Graph, Group, Layer
 from autocompress.methods import (
     CUR,
+    UDFC,
     BiLLM,
     BlockDrop,
+    ChannelPruning,
     Factored,
     GroupedSVD,
     Lookup,
@@ -74,9 +76,12 @@ def make_space(
         if family not in ALL_FAMILIES:
             raise UnknownName("method family", family, ALL_FAMILIES)
     found: list[tuple[Site, tuple[Level, ...]]] = []
-    if "channels" in families:
+    if "udfc" in families and "channels" in families:
+        raise UsageError("Channels are pruned with data ('channels') or without ('udfc'); name one of the two.")
+    if "channels" in families or "udfc" in families:
+        kind: type[ChannelPruning] = UDFC if "udfc" in families else ChannelPruning
         for group in graph.groups:
-            levels = width_levels(len(group.classes), importance, _copies(graph, group))
+            levels = width_levels(len(group.classes), importance, _copies(graph, group), kind)
             members = tuple(dict.fromkeys((*group.producers, *group.consumers)))
             macs, params = _totals(graph, group.producers)
             site = Site(f"channels:{group.name}", "channels", members, len(group.classes), (), macs, params)

@@ -178,10 +178,10 @@ def test_orders_are_permutations_and_refit_beats_slicing(importance: Importance,
     with torch.no_grad():
         want = database.graph.module(inputs)
         refitted = float((database.stitch(plan)(inputs) - want).pow(2).mean())
-        database._grams.clear()  # without Gram matrices the weights are only sliced
+        database._grams.clear()  # without Gram matrices only weights tell what is lost
         database._cache.clear()
-        sliced = float((database.stitch(plan)(inputs) - want).pow(2).mean())
-    assert refitted < sliced
+        guessed = float((database.stitch(plan)(inputs) - want).pow(2).mean())
+    assert refitted < guessed
 
 
 # ---------------------------------------------------------------- on disk

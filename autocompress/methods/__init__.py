@@ -4,6 +4,7 @@ from autocompress.methods import gptq as gptq  # registers the handler of Weight
 from autocompress.methods.base import METHODS, LayerContext, LayerMethod, handler_of
 from autocompress.methods.billm import BiLLM
 from autocompress.methods.cur import CUR
+from autocompress.methods.datafree import UDFC
 from autocompress.methods.factored import Factored
 from autocompress.methods.grouped import GroupedSVD
 from autocompress.methods.lookup import Lookup
@@ -19,10 +20,12 @@ from autocompress.methods.tucker import Tucker2
 
 METHODS.register("channels")(ChannelPruning)
 METHODS.register("blocks")(BlockDrop)
+METHODS.register("udfc")(UDFC)
 
 __all__ = [
     "CUR",
     "METHODS",
+    "UDFC",
     "BiLLM",
     "BlockDrop",
     "ChannelPruning",

@@ -41,7 +41,9 @@ class BlockDrop(MethodConfig):
         return "drop"
 
 
-def width_levels(width: int, importance: Importance, copies: int = 1) -> tuple[Level, ...]:
+def width_levels(
+    width: int, importance: Importance, copies: int = 1, kind: type[ChannelPruning] = ChannelPruning
+) -> tuple[Level, ...]:
     """Widths in steps of ``max(4, width / 8)`` channels, dense first; device-neutral, so a plan means the same everywhere.
 
     ``copies``: channels that one of them stands for (an attention head's are many); then single ones may go.
@@ -49,7 +51,7 @@ def width_levels(width: int, importance: Importance, copies: int = 1) -> tuple[L
     least = max(1, 4 // copies)
     step = max(least, width // 8)
     keeps = [k for k in range(width - step, 0, -step) if k >= min(least, width)]
-    return (Level(), *(Level((ChannelPruning(k, width, importance),)) for k in keeps))
+    return (Level(), *(Level((kind(k, width, importance),)) for k in keeps))
 
 
 def obs_order(
