@@ -35,11 +35,12 @@ from autocompress.gram import (
     unfolded_size,
 )
 from autocompress.graph import Graph, Group, Keep, Layer, aliases, make_layer, rebuild, slice_channelwise, slice_layer
-from autocompress.methods import ChannelPruning, Factored, LayerContext, StaticInt8, handler_of
+from autocompress.methods import CalibratedInt8, ChannelPruning, Factored, LayerContext, StaticInt8, handler_of
 from autocompress.methods.datafree import UDFC, compensated, moments_of
 from autocompress.methods.importance import GRADIENT_SCORES, WEIGHT_SCORES, random_importance
 from autocompress.methods.pruning import obs_order
-from autocompress.methods.quantization import ActivationQuant
+from autocompress.methods.quantization import Ranges
+from autocompress.methods.ranges import RangeObserver, freeze_ranges
 from autocompress.prefix import ByteCache
 from autocompress.results import Importance
 from autocompress.tasks import Task
@@ -69,10 +70,10 @@ class LevelDatabase:
 
     def __init__(self, graph: Graph, space: SearchSpace, task: Task, root: Path, *, seed: int = 0) -> None:
         self.graph, self.space, self.task, self.seed = graph, space, task, seed
-        pruning = [
-            s for levels in space.levels for level in levels for s in level.steps if isinstance(s, ChannelPruning)
-        ]
+        steps = [step for levels in space.levels for level in levels for step in level.steps]
+        pruning = [step for step in steps if isinstance(step, ChannelPruning)]
         self.importance: Importance = pruning[0].importance if pruning else "obs"
+        self.ranges: Ranges = next((step.ranges for step in steps if isinstance(step, CalibratedInt8)), "minmax")
         self.data_free = any(isinstance(step, UDFC) for step in pruning)
         settings = [VERSION, task.hash, GRAM_IMAGES, ROWS_PER_INPUT, TAYLOR_IMAGES, seed]
         self.folder = root / digest(settings)
@@ -371,7 +372,7 @@ class LevelDatabase:
         for node in list(model.graph.nodes):
             if node.name in names:
                 target = f"quant_{node.name}"
-                model.add_submodule(target, RangeObserver())
+                model.add_submodule(target, RangeObserver(self.ranges))
                 with model.graph.inserting_after(node):
                     new = model.graph.call_module(target, (node,))
                 node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
@@ -379,32 +380,14 @@ class LevelDatabase:
             module = model.get_submodule(layer.name)
             if isinstance(module, nn.Sequential):
                 parent, _, leaf = layer.name.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, nn.Sequential(module[0], RangeObserver(), module[1]))
+                setattr(
+                    model.get_submodule(parent), leaf, nn.Sequential(module[0], RangeObserver(self.ranges), module[1])
+                )
         model.recompile()
         with torch.no_grad():
             for inputs in self.range_batches():
                 model(inputs)
         freeze_ranges(model)
-
-
-class RangeObserver(nn.Module):
-    """Remembers the smallest and largest value that passed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.low, self.high = 0.0, 0.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))
-        return x
-
-
-def freeze_ranges(model: nn.Module) -> None:
-    """Every observer becomes the quantizer of the range it saw."""
-    for name, part in list(model.named_modules()):
-        if isinstance(part, RangeObserver):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, ActivationQuant(part.low, part.high))
 
 
 def apply_steps(module: nn.Module, steps: Sequence[MethodConfig], context: LayerContext) -> nn.Module:

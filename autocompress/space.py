@@ -20,6 +20,7 @@ from autocompress.methods import (
     UDFC,
     BiLLM,
     BlockDrop,
+    CalibratedInt8,
     ChannelPruning,
     Factored,
     GroupedSVD,
@@ -57,6 +58,13 @@ ROUNDED: dict[str, tuple[WeightQuant, ...]] = {
     "w3-nearest": (WeightQuant(3, GROUP_WIDE), WeightQuant(3)),
     "w2-nearest": (WeightQuant(2, GROUP_WIDE), WeightQuant(2)),
 }
+INT8: dict[str, StaticInt8] = {
+    "int8": StaticInt8(),
+    "int8-percentile": CalibratedInt8("percentile"),
+    "int8-mse": CalibratedInt8("mse"),
+    "int8-entropy": CalibratedInt8("entropy"),
+}
+"""One of them in a search: a tensor between two layers has one range."""
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 PATTERNS = ((2, 4), (4, 8))
 """So many weights live of so many neighbours."""
@@ -75,6 +83,8 @@ def make_space(
     for family in families:
         if family not in ALL_FAMILIES:
             raise UnknownName("method family", family, ALL_FAMILIES)
+    if len(named := [family for family in INT8 if family in families]) > 1:
+        raise UsageError(f"A tensor has one range: name one of {', '.join(named)}.")
     found: list[tuple[Site, tuple[Level, ...]]] = []
     if "udfc" in families and "channels" in families:
         raise UsageError("Channels are pruned with data ('channels') or without ('udfc'); name one of the two.")
@@ -125,9 +135,10 @@ def layer_levels(
             factored.append(LowRank(0.5, "spatial"))
         levels += [Level((method,)) for method in factored]
     levels += [Level((method,)) for method in _factorizations(graph, layer, families, minimum)]
-    if "int8" in families:
-        levels.append(Level((StaticInt8(),)))
-        levels += [Level((method, StaticInt8())) for method in factored[:1]]
+    for family, int8 in INT8.items():
+        if family in families:
+            levels.append(Level((int8,)))
+            levels += [Level((method, int8)) for method in factored[:1]]
     rounded = [step for family, steps in ROUNDED.items() if family in families for step in steps]
     levels += [Level((step,)) for step in rounded]
     if "lut" in families:

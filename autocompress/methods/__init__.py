@@ -12,7 +12,7 @@ from autocompress.methods.lord import OutputFeatures
 from autocompress.methods.lowrank import LowRank
 from autocompress.methods.mpo import TensorTrain
 from autocompress.methods.pruning import BlockDrop, ChannelPruning
-from autocompress.methods.quantization import StaticInt8, WeightQuant
+from autocompress.methods.quantization import CalibratedInt8, StaticInt8, WeightQuant
 from autocompress.methods.rate import RateDistortion
 from autocompress.methods.sparsity import Sparse
 from autocompress.methods.spqr import SpQR
@@ -28,6 +28,7 @@ __all__ = [
     "UDFC",
     "BiLLM",
     "BlockDrop",
+    "CalibratedInt8",
     "ChannelPruning",
     "Factored",
     "GroupedSVD",
