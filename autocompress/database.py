@@ -34,10 +34,13 @@ from autocompress.gram import (
     unfold,
     unfolded_size,
 )
-from autocompress.graph import Graph, Keep, Layer, aliases, make_layer, rebuild, slice_channelwise, slice_layer
-from autocompress.methods import ChannelPruning, Factored, LayerContext, StaticInt8, handler_of
-from autocompress.methods.pruning import l2_importance, obs_order, taylor_importance
-from autocompress.methods.quantization import ActivationQuant
+from autocompress.graph import Graph, Group, Keep, Layer, aliases, make_layer, rebuild, slice_channelwise, slice_layer
+from autocompress.methods import CalibratedInt8, ChannelPruning, Factored, LayerContext, StaticInt8, handler_of
+from autocompress.methods.datafree import UDFC, compensated, moments_of
+from autocompress.methods.importance import GRADIENT_SCORES, WEIGHT_SCORES, random_importance
+from autocompress.methods.pruning import obs_order
+from autocompress.methods.quantization import Ranges
+from autocompress.methods.ranges import RangeObserver, freeze_ranges
 from autocompress.prefix import ByteCache
 from autocompress.results import Importance
 from autocompress.tasks import Task
@@ -67,13 +70,14 @@ class LevelDatabase:
 
     def __init__(self, graph: Graph, space: SearchSpace, task: Task, root: Path, *, seed: int = 0) -> None:
         self.graph, self.space, self.task, self.seed = graph, space, task, seed
-        pruning = [
-            s for levels in space.levels for level in levels for s in level.steps if isinstance(s, ChannelPruning)
-        ]
+        steps = [step for levels in space.levels for level in levels for step in level.steps]
+        pruning = [step for step in steps if isinstance(step, ChannelPruning)]
         self.importance: Importance = pruning[0].importance if pruning else "obs"
+        self.ranges: Ranges = next((step.ranges for step in steps if isinstance(step, CalibratedInt8)), "minmax")
+        self.data_free = any(isinstance(step, UDFC) for step in pruning)
         settings = [VERSION, task.hash, GRAM_IMAGES, ROWS_PER_INPUT, TAYLOR_IMAGES, seed]
         self.folder = root / digest(settings)
-        self.key = digest([settings, self.importance])
+        self.key = digest([settings, self.importance, *["data-free"] * self.data_free])
         self.batch_size = min(BATCH, task.batch_size)
         self._grams: dict[str, Tensor] = {}
         self._orders: dict[str, npt.NDArray[np.int64]] = {}
@@ -82,6 +86,7 @@ class LevelDatabase:
         self._contexts: ByteCache[tuple[object, ...], LayerContext] = ByteCache(CONTEXT_BYTES)
         self._site = {site.name: i for i, site in enumerate(space.sites)}
         self._folded: dict[str, Weights] = {}
+        self._moments: dict[str, Tensor | None] = {}
 
     # ------------------------------------------------------------ building
 
@@ -91,7 +96,7 @@ class LevelDatabase:
         cancelled: Callable[[], bool] | None = None,
     ) -> None:
         """Make what is not on disk yet; safe to interrupt, continues with the next chunk."""
-        layers = [name for name in self.graph.layers if 0 < self._size(name) <= MAX_INPUTS]
+        layers = [name for name in self.graph.layers if 0 < self._size(name) <= MAX_INPUTS and not self.data_free]
         chunks = [layers[i : i + CHUNK_LAYERS] for i in range(0, len(layers), CHUNK_LAYERS)]
         total = len(chunks) + 1
         for done, names in enumerate(chunks):
@@ -101,7 +106,7 @@ class LevelDatabase:
                 self._save(path, self._measure_grams(names))
             self._grams.update(self._load(path))
         self._checkpoint(progress, cancelled, len(chunks), total)
-        path = self.folder / f"orders_{self.importance}.safetensors"
+        path = self.folder / f"orders_{self.importance}{'_data_free' * self.data_free}.safetensors"
         if not path.exists():
             orders = {name: torch.from_numpy(order) for name, order in self._measure_orders().items()}
             self._save(path, orders or {"none": torch.zeros(0)})
@@ -171,11 +176,13 @@ class LevelDatabase:
         groups = self.graph.groups
         if self.importance == "obs":
             return {group.name: obs_order(self.graph, group, self.folded, self.gram) for group in groups}
-        if self.importance == "taylor" and groups:
-            split = self.task.calibration.take(TAYLOR_IMAGES)
-            scores = taylor_importance(self.graph, groups, self.task.batches(split, self.batch_size), self.task.loss)
+        if self.importance in GRADIENT_SCORES:
+            batches = self.task.batches(self.task.calibration.take(TAYLOR_IMAGES), self.batch_size)
+            scores = GRADIENT_SCORES[self.importance](self.graph, groups, batches, self.task.loss) if groups else {}
+        elif self.importance == "random":
+            scores = {group.name: random_importance(self.graph, group, self.seed) for group in groups}
         else:
-            scores = {group.name: l2_importance(self.graph, group) for group in groups}
+            scores = {group.name: WEIGHT_SCORES[self.importance](self.graph, group) for group in groups}
         return {name: np.argsort(-score, kind="stable").astype(np.int64) for name, score in scores.items()}
 
     # ------------------------------------------------------------ reading a plan
@@ -225,20 +232,27 @@ class LevelDatabase:
         """Gram matrix of a layer's dense inputs; ``None`` for depthwise and very wide layers."""
         return self._grams.get(name)
 
+    def _second_moments(self, group: Group) -> Tensor | None:
+        """What weights alone tell of a group's channels, once a model."""
+        if group.name not in self._moments:
+            self._moments[group.name] = moments_of(self.graph, group, self.folded)
+        return self._moments[group.name]
+
     def refitted(self, layer: Layer, columns: npt.NDArray[np.intp]) -> Weights:
-        """All output rows, refitted behind the kept inputs on *dense* inputs (plan-independent, cached)."""
+        """All output rows, refitted behind the kept inputs on *dense* inputs, or without a Gram matrix from weights alone.
+
+        Plan-independent and cached.
+        """
         key = (layer.name, columns.tobytes())
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
         weight, bias = self.folded(layer.name)
         gram = self.gram(layer.name)
-        area = weight[0, 0].numel()
-        kept = columns_of(columns, area)
         if gram is None:
-            new = weight.flatten(1)[:, kept], bias
+            new = compensated(self.graph, layer, weight, columns, self._second_moments), bias
         else:
-            new = refit(weight.flatten(1), bias, gram, kept)
+            new = refit(weight.flatten(1), bias, gram, columns_of(columns, weight[0, 0].numel()))
         result = (new[0].reshape(len(weight), len(columns), *weight.shape[2:]), new[1])
         self._cache[key] = result
         self._cache_bytes += sum(t.nbytes for t in result)
@@ -358,7 +372,7 @@ class LevelDatabase:
         for node in list(model.graph.nodes):
             if node.name in names:
                 target = f"quant_{node.name}"
-                model.add_submodule(target, RangeObserver())
+                model.add_submodule(target, RangeObserver(self.ranges))
                 with model.graph.inserting_after(node):
                     new = model.graph.call_module(target, (node,))
                 node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
@@ -366,32 +380,14 @@ class LevelDatabase:
             module = model.get_submodule(layer.name)
             if isinstance(module, nn.Sequential):
                 parent, _, leaf = layer.name.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, nn.Sequential(module[0], RangeObserver(), module[1]))
+                setattr(
+                    model.get_submodule(parent), leaf, nn.Sequential(module[0], RangeObserver(self.ranges), module[1])
+                )
         model.recompile()
         with torch.no_grad():
             for inputs in self.range_batches():
                 model(inputs)
         freeze_ranges(model)
-
-
-class RangeObserver(nn.Module):
-    """Remembers the smallest and largest value that passed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.low, self.high = 0.0, 0.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))
-        return x
-
-
-def freeze_ranges(model: nn.Module) -> None:
-    """Every observer becomes the quantizer of the range it saw."""
-    for name, part in list(model.named_modules()):
-        if isinstance(part, RangeObserver):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, ActivationQuant(part.low, part.high))
 
 
 def apply_steps(module: nn.Module, steps: Sequence[MethodConfig], context: LayerContext) -> nn.Module:

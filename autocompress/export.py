@@ -46,7 +46,7 @@ from autocompress.types import Int8Format
 
 Exporter = Literal["dynamo", "legacy"]
 EXPORTERS: tuple[Exporter, ...] = ("dynamo", "legacy")
-COUNTED = ("int8", "w8", "w4", "w3", "w2", "lowrank", "sparse", "lookup")
+COUNTED = ("int8", "w8", "w4", "w3", "w2", "lowrank", "sparse", "lookup", "spqr", "billm")
 """Methods whose layers are counted in the file."""
 TWIN_NUMBERS = 1024
 """Smaller matrices are not worth a node."""
@@ -364,7 +364,7 @@ def _coverage(
     """Method -> expected and found, and why layers are missing.
 
     ``int8`` counts layers that ONNX Runtime computes on integers; ``w8`` to ``w2`` count stored weights; the forms of weights
-    (``sparse``, ``lookup``) are looked for in the numbers of the file.
+    (``sparse``, ``lookup``, ``spqr``, ``billm``) are looked for in the numbers of the file.
     """
     families: dict[str, list[str]] = {}
     for name, packed in grids.weights.items():

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from autocompress.database import RANGE_IMAGES, LevelDatabase, RangeObserver, freeze_ranges
+from autocompress.database import RANGE_IMAGES, LevelDatabase
 from autocompress.deploy import fold_norm, set_submodule
 from autocompress.errors import Cancelled
 from autocompress.gram import Moments, output_rows, positions, solve, unfold
 from autocompress.graph import Keep, Layer
 from autocompress.methods import Factored, LayerContext
 from autocompress.methods.quantization import ActivationQuant
+from autocompress.methods.ranges import RangeObserver, freeze_ranges
 from autocompress.op_kinds import is_relu, relu_ceiling
 from autocompress.types import Plan
 
@@ -178,16 +179,17 @@ class _Refit:
 
     def _recalibrate(self, node: fx.Node) -> None:
         """Ranges of the compressed model as it is now, on as many inputs as at the database's rung."""
-        seen = self.env[node.all_input_nodes[0]][: self.range_batches]
-        low, high = min(float(b.min()) for b in seen), max(float(b.max()) for b in seen)
-        set_submodule(self.model, str(node.target), ActivationQuant(low, high))
+        observer = RangeObserver(self.database.ranges)
+        for batch in self.env[node.all_input_nodes[0]][: self.range_batches]:
+            observer(batch)
+        set_submodule(self.model, str(node.target), ActivationQuant(*observer.range()))
 
     def kept_of(self, node: str) -> Tensor:
         return torch.from_numpy(np.flatnonzero(self.keep[self.database.graph.values[node].ids]))
 
     def _install(self, name: str, part: nn.Module, layer: Layer) -> None:
         if isinstance(part, nn.Sequential) and layer in self.database.int8_layers(self.plan):
-            part = nn.Sequential(part[0], RangeObserver(), part[1])
+            part = nn.Sequential(part[0], RangeObserver(self.database.ranges), part[1])
         set_submodule(self.model, name, part)
 
     def _calibrate_inside(self, layer: Layer, source: fx.Node) -> None:

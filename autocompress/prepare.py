@@ -140,7 +140,7 @@ def _simulated(space: SearchSpace) -> tuple[str, ...]:
 
 
 def _unpruned(graph: Graph, request: Request) -> tuple[str, ...]:
-    if "channels" not in request.methods:
+    if not {"channels", "udfc"} & set(request.methods):
         return ()
     refused = {name: why for name, why in graph.refused.items() if why != IS_OUTPUT}  # that one goes without saying
     alike: dict[str, list[str]] = {}

@@ -17,11 +17,15 @@ STAGES: tuple[Stage, ...] = ("task", "graph", "database", "profile", "search", "
 METHOD_FAMILIES = ("channels", "blocks", "lowrank", "int8", "w8", "w4")
 """The families a search uses unless ``--methods`` says otherwise."""
 RESEARCH_FAMILIES = (
+    "udfc",
     "lord",
     "cur",
     "tucker",
     "grouped",
     "mpo",
+    "int8-percentile",
+    "int8-mse",
+    "int8-entropy",
     "w3",
     "w2",
     "w4-nearest",
@@ -31,14 +35,16 @@ RESEARCH_FAMILIES = (
     "sparse-obc",
     "sparse-magnitude",
     "lut",
+    "spqr",
+    "billm",
     "rate",
 )
 """To be named by a user: longer searches, or no gain in a runtime. Budgets: ``nonzeros``, ``weight_bits`` and ``packed_mb``."""
 ALL_FAMILIES = (*METHOD_FAMILIES, *RESEARCH_FAMILIES)
 
 
-Importance = Literal["l2", "taylor", "obs"]
-"""How the channels of a group are ordered; see ``methods/pruning.py``."""
+Importance = Literal["obs", "l1", "l2", "fpgm", "bn", "taylor", "fisher", "lrp", "random"]
+"""How the channels of a group are ordered; see ``methods/pruning.py`` and ``methods/importance.py``."""
 
 
 class _Record(BaseModel):

@@ -17,7 +17,11 @@ from autocompress.errors import UnknownName, UsageError
 from autocompress.graph import Graph, Group, Layer
 from autocompress.methods import (
     CUR,
+    UDFC,
+    BiLLM,
     BlockDrop,
+    CalibratedInt8,
+    ChannelPruning,
     Factored,
     GroupedSVD,
     Lookup,
@@ -25,6 +29,7 @@ from autocompress.methods import (
     OutputFeatures,
     RateDistortion,
     Sparse,
+    SpQR,
     StaticInt8,
     TensorTrain,
     Tucker2,
@@ -53,6 +58,13 @@ ROUNDED: dict[str, tuple[WeightQuant, ...]] = {
     "w3-nearest": (WeightQuant(3, GROUP_WIDE), WeightQuant(3)),
     "w2-nearest": (WeightQuant(2, GROUP_WIDE), WeightQuant(2)),
 }
+INT8: dict[str, StaticInt8] = {
+    "int8": StaticInt8(),
+    "int8-percentile": CalibratedInt8("percentile"),
+    "int8-mse": CalibratedInt8("mse"),
+    "int8-entropy": CalibratedInt8("entropy"),
+}
+"""One of them in a search: a tensor between two layers has one range."""
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 PATTERNS = ((2, 4), (4, 8))
 """So many weights live of so many neighbours."""
@@ -71,10 +83,15 @@ def make_space(
     for family in families:
         if family not in ALL_FAMILIES:
             raise UnknownName("method family", family, ALL_FAMILIES)
+    if len(named := [family for family in INT8 if family in families]) > 1:
+        raise UsageError(f"A tensor has one range: name one of {', '.join(named)}.")
     found: list[tuple[Site, tuple[Level, ...]]] = []
-    if "channels" in families:
+    if "udfc" in families and "channels" in families:
+        raise UsageError("Channels are pruned with data ('channels') or without ('udfc'); name one of the two.")
+    if "channels" in families or "udfc" in families:
+        kind: type[ChannelPruning] = UDFC if "udfc" in families else ChannelPruning
         for group in graph.groups:
-            levels = width_levels(len(group.classes), importance, _copies(graph, group))
+            levels = width_levels(len(group.classes), importance, _copies(graph, group), kind)
             members = tuple(dict.fromkeys((*group.producers, *group.consumers)))
             macs, params = _totals(graph, group.producers)
             site = Site(f"channels:{group.name}", "channels", members, len(group.classes), (), macs, params)
@@ -118,13 +135,18 @@ def layer_levels(
             factored.append(LowRank(0.5, "spatial"))
         levels += [Level((method,)) for method in factored]
     levels += [Level((method,)) for method in _factorizations(graph, layer, families, minimum)]
-    if "int8" in families:
-        levels.append(Level((StaticInt8(),)))
-        levels += [Level((method, StaticInt8())) for method in factored[:1]]
+    for family, int8 in INT8.items():
+        if family in families:
+            levels.append(Level((int8,)))
+            levels += [Level((method, int8)) for method in factored[:1]]
     rounded = [step for family, steps in ROUNDED.items() if family in families for step in steps]
     levels += [Level((step,)) for step in rounded]
     if "lut" in families:
         levels += [Level((Lookup(4),)), Level((Lookup(3),)), Level((Lookup(2),))]
+    if "spqr" in families:
+        levels += [Level((SpQR(4),)), Level((SpQR(3),)), Level((SpQR(2),))]
+    if "billm" in families:
+        levels.append(Level((BiLLM(),)))
     for family, by in SPARSE_BY.items():
         if family in families:
             levels += [Level((Sparse(sparsity, by=by),)) for sparsity in SPARSITIES]
@@ -136,7 +158,7 @@ def layer_levels(
 
 
 def _factorizations(graph: Graph, layer: Layer, families: Collection[str], minimum: int) -> list[Factored]:
-    """Forms other than ``lowrank`` that one layer can have and that save weights and multiplications."""
+    """Forms other than ``lowrank`` that one layer can have and that save weights or multiplications."""
     module, weight = graph.module.get_submodule(layer.name), _weight(graph, layer)
     if layer.depthwise or weight.numel() < minimum:
         return []
@@ -145,7 +167,7 @@ def _factorizations(graph: Graph, layer: Layer, families: Collection[str], minim
         if "lord" in families:
             found.append(OutputFeatures(ratio))
         if "cur" in families:
-            found.append(CUR(ratio))
+            found.append(CUR(ratio, columns=False))
         if isinstance(module, nn.Conv2d):
             if "tucker" in families and max(module.kernel_size) > 1:
                 found.append(Tucker2(ratio))
@@ -160,11 +182,11 @@ def _factorizations(graph: Graph, layer: Layer, families: Collection[str], minim
 
 
 def saves(method: Factored, kernel: Kernel) -> bool:
-    """Whether a factorization really has fewer weights and fewer multiplications than the layer."""
+    """Whether a factorization has fewer weights, hence bytes, or fewer multiplications; the cost tables know the rest."""
     handler = handler_of(method)
     assert handler is not None
     parts = handler.lower(method, kernel)
-    return sum(p.weights for p in parts) < kernel.weights and sum(p.macs for p in parts) < kernel.macs
+    return sum(p.weights for p in parts) < kernel.weights or sum(p.macs for p in parts) < kernel.macs
 
 
 def _kernel(graph: Graph, layer: Layer) -> Kernel:

@@ -22,6 +22,7 @@ from autocompress.deploy import deploy_layer
 from autocompress.fitness import images_last, weights_last
 from autocompress.graph import Keep, Layer, aliases, slice_channelwise
 from autocompress.methods.quantization import ActivationQuant
+from autocompress.methods.ranges import RangeObserver
 from autocompress.prefix import INPUT, Activations, ByteCache, Digest, Program, choose_cuts, find_cuts
 from autocompress.tasks import Split
 from autocompress.types import MethodConfig, Plan
@@ -97,14 +98,13 @@ class Stitched:
         missing = [digest for digest in dict.fromkeys(live.observed.values()) if digest not in self._ranges]
         if missing:
             self.activations.expect(live.program)
-            found = dict.fromkeys(missing, (0.0, 0.0))
+            found = {digest: RangeObserver(self.database.ranges) for digest in missing}
             with torch.inference_mode():
                 for place, inputs in enumerate(self.database.range_batches()):
                     values = self.activations.run(live.program, missing, f"ranges {place}", lambda x=inputs: x)  # type: ignore[misc]
                     for digest, value in zip(missing, values, strict=True):
-                        low, high = found[digest]
-                        found[digest] = min(low, float(value.min())), max(high, float(value.max()))
-            self._ranges.update(found)
+                        found[digest](value)
+            self._ranges.update({digest: observer.range() for digest, observer in found.items()})
         ranges = {name: self._ranges[digest] for name, digest in live.observed.items()}
         if len(self._ranges) > MEMO:
             self._ranges.clear()

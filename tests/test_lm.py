@@ -6,6 +6,7 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from autocompress.finish import finish
 from autocompress.graph import Graph, prove, rebuild, trace
 from autocompress.onnx_cost import file_costs
 from autocompress.pipeline import compress
-from autocompress.results import Request
+from autocompress.results import Importance, Request
 from autocompress.space import make_space
 from autocompress.tasks import Task, load_task
 from autocompress.tasks.decoder import load_decoder
@@ -359,7 +360,7 @@ def test_finish_refits_layers_on_sequences(task: Task, graph: Graph, space: Sear
     assert losses[0] > losses[1] > losses[2] > 0
 
 
-@pytest.mark.parametrize("importance", ["obs", "l2", "taylor"])
+@pytest.mark.parametrize("importance", get_args(Importance))
 def test_heads_are_ordered_whole(task: Task, graph: Graph, tmp_path: Path, importance: str) -> None:
     offered = make_space(graph, ("channels",), importance)  # type: ignore[arg-type]
     database = LevelDatabase(graph, offered, task, tmp_path / "db")

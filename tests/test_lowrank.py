@@ -161,7 +161,19 @@ class TestOutputFeatures(FactoredContract):
 
 
 class TestCUR(FactoredContract):
-    configs = (CUR(0.5), CUR(0.25))
+    configs = (CUR(0.5), CUR(0.25), CUR(0.5, columns=False))
+
+    @pytest.mark.parametrize("ratio", [0.25, 0.5])
+    def test_a_free_mixture_is_no_worse_than_one_of_columns(self, layer: nn.Module, ratio: float) -> None:
+        x = correlated(layer)
+        for gram in (None, gram_of(layer, x)):
+            free, own = (made(CUR(ratio, columns), layer, gram) for columns in (False, True))
+            errors = []
+            for parts in (free, own):
+                gap = (composed(parts) - layer.weight).detach().flatten(1).double()  # type: ignore[operator]
+                metric = torch.eye(gap.shape[1]).double() if gram is None else gram[:-1, :-1].double()
+                errors.append(float(((gap @ metric) * gap).sum()))
+            assert errors[0] <= errors[1] * 1.001
 
     def test_its_first_factor_are_rows_of_the_weight_and_its_columns_are_the_weights_own(self) -> None:
         matrix = torch.randn(30, 50, generator=torch.Generator().manual_seed(0)).double()
@@ -189,8 +201,13 @@ class TestCUR(FactoredContract):
 
     def test_deim_picks_where_a_basis_differs(self) -> None:
         assert deim(torch.eye(5)[:, [3, 0, 4]]).tolist() == [3, 0, 4]
-        assert sorted(deim(torch.ones(4, 3) / 2).tolist()) != [0, 0, 0]  # dependent vectors: still distinct rows
-        assert len(set(deim(torch.ones(4, 3) / 2).tolist())) == 3
+        assert len(set(deim(torch.ones(4, 3) / 2).tolist())) == 3  # dependent vectors: still distinct rows
+        basis = torch.linalg.qr(torch.randn(40, 12, generator=torch.Generator().manual_seed(0)).double()).Q
+        chosen = [int(basis[:, 0].abs().argmax())]
+        for j in range(1, 12):  # by the definition
+            weights = torch.linalg.solve(basis[chosen, :j], basis[chosen, j])
+            chosen.append(int((basis[:, j] - basis[:, :j] @ weights).abs().argmax()))
+        assert deim(basis).tolist() == chosen
 
 
 class TestTucker2(FactoredContract):
@@ -336,12 +353,10 @@ def test_ranks_that_a_matrix_cannot_have_are_refused(rank: int) -> None:
             attempt()
 
 
-def test_a_level_is_offered_only_where_it_saves_weights_and_multiplications() -> None:
+def test_a_level_is_offered_only_where_it_saves_weights_or_multiplications() -> None:
     wide = Kernel("conv", (64, 8, 8), (64, 8, 8), (3, 3))
     assert saves(Tucker2(0.5), wide) and not saves(Tucker2(4.0), wide)
     assert not saves(TensorTrain(0.5), Kernel("linear", (31,), (37,)))  # primes: one core has it all
-    strided = Kernel("conv", (8, 64, 64), (64, 2, 2), (3, 3), (32, 32))
-    assert not saves(Tucker2(0.5), strided)  # a 1 x 1 on every pixel in front costs more than the layer
     for name in ("resnet-b", "mobilenet", "tokens"):
         task = networks.task(name, n=8)
         graph = trace(task.model, task.example_inputs)
@@ -352,7 +367,7 @@ def test_a_level_is_offered_only_where_it_saves_weights_and_multiplications() ->
             for level, choice in enumerate(own):
                 if any(isinstance(s, Factored) and not isinstance(s, LowRank) for s in choice.steps):
                     row = costs.in_units((*space.dense[:site], level, *space.dense[site + 1 :]))
-                    assert row["macs"] < dense["macs"] and row["params"] < dense["params"] + 64
+                    assert row["macs"] < dense["macs"] or row["params"] < dense["params"], choice.label
 
 
 # ---------------------------------------------------------------- in plans

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from autocompress.graph import Graph, rebuild, trace
+from autocompress.methods.importance import bn_importance, fpgm_importance, l1_importance, l2_importance
 from tests import networks
 from tests.test_graph import masked_output
 
@@ -87,3 +88,34 @@ def test_option_a_shortcuts_are_pruned_askew_by_theirs_and_straight_by_ours() ->
     except RuntimeError:  # some versions remove so much of the classifier that the model does not even run
         difference = float("inf")
     assert difference > 1e-2
+
+
+def test_importances_are_theirs_on_each_layer() -> None:
+    """L1, L2 and FPGM of a group, layer by layer as torch-pruning scores them, each scaled to mean 1 and added; BN scale."""
+    model = networks.network("resnet-b")
+    name = "layer1.0.conv1"
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Conv2d)
+    layer.weight.data.abs_()  # their FPGM compares magnitudes
+    graph = trace(model, networks.images(1))
+    mine = next(group for group in graph.groups if name in group.producers)
+    width = list(range(layer.out_channels))
+    dependencies = tp.DependencyGraph().build_dependency(model, example_inputs=networks.images(1))
+    items = list(dependencies.get_pruning_group(layer, tp.prune_conv_out_channels, idxs=width))
+
+    def scored(importance: object, *kinds: type[nn.Module], outputs: bool = False) -> np.ndarray:  # type: ignore[type-arg]
+        total = np.zeros(len(width))
+        for item in items:
+            made_here = item.dep.handler == tp.prune_conv_out_channels
+            if isinstance(item.dep.target.module, kinds) and (made_here or not outputs):
+                part = importance([item]).double().numpy()  # type: ignore[operator]
+                total += part / part.mean()
+        return total
+
+    for p, ours_of in ((1, l1_importance), (2, l2_importance)):
+        theirs_of = tp.importance.MagnitudeImportance(p=p, normalizer=None)
+        np.testing.assert_allclose(ours_of(graph, mine), scored(theirs_of, nn.Conv2d), rtol=1e-4)
+    fpgm = tp.importance.FPGMImportance(p=1, normalizer=None)
+    np.testing.assert_allclose(fpgm_importance(graph, mine), scored(fpgm, nn.Conv2d, outputs=True), rtol=1e-4)
+    scale = tp.importance.BNScaleImportance(normalizer=None)
+    np.testing.assert_allclose(bn_importance(graph, mine), scored(scale, nn.BatchNorm2d), rtol=1e-4)

@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from autocompress.methods.hessian import Hessian
+from autocompress.methods.hessian import Hessian, parts_of
 from autocompress.registry import Registry
 from autocompress.types import Kernel, MethodConfig
 
@@ -86,6 +86,25 @@ def set_weight(part: nn.Conv2d | nn.Linear, weight: Tensor, hessian: Hessian | N
         part.parametrizations["weight"].original = new  # type: ignore[index,union-attr]
     else:
         part.weight = new
+
+
+class FormHandler:
+    """A handler under which a layer, or each of its factors, stays one kernel whose fitted weight is then kept in a form."""
+
+    def lower(self, config: MethodConfig, kernel: Kernel) -> tuple[Kernel, ...]:
+        return (kernel,)
+
+    def fit(self, config: MethodConfig, weight: Tensor, hessian: Hessian | None) -> tuple[Tensor, WeightForm]:
+        """New weights, which the form leaves as they are, and the form.  # weight (rows, n), double"""
+        raise NotImplementedError
+
+    def apply(self, config: MethodConfig, layer: nn.Module, context: LayerContext) -> nn.Module:
+        for part, gram in list(parts_of(layer, context.gram)):
+            hessian = context.hessian(part, gram)
+            new, form = self.fit(config, part.weight.detach().flatten(1).double(), hessian)
+            set_weight(part, new, hessian)
+            parametrize.register_parametrization(part, "weight", form)
+        return layer
 
 
 _HANDLERS: dict[type[MethodConfig], LayerMethod] = {}

@@ -3,7 +3,8 @@
 The importance ``S = |W| ||x_column||`` (Sun et al. 2023, Wanda) is decomposed, ``S = A D B^T``; the discrete empirical
 interpolation method (Chaturantabut and Sorensen 2010) on ``A`` picks rows of ``W`` and on ``B`` columns; ``W' = C U R`` with
 ``U = argmin ||(W - C U R) X||``, ``C^+ W R^+`` without a Gram matrix. ``R`` are filters of the layer itself, so the first factor
-is the layer with fewer outputs; ``C U`` is stored as one matrix.
+is the layer with fewer outputs; ``C U`` is stored as one matrix. As it is one, it need not be made of columns: ``columns=False``
+fits it freely, ``W H R^T (R H R^T)^-1``, at the same size and a lower error.
 """
 
 from __future__ import annotations
@@ -31,10 +32,15 @@ CUTOFF = 1e-7
 
 @dataclass(frozen=True)
 class CUR(TwoFactors):
-    """Two factors with about ``ratio`` times the layer's weights: own filters, then a mixture of them."""
+    """Two factors with about ``ratio`` times the layer's weights: own filters, then a mixture of them.
+
+    ``columns``: whether the mixture is made of the layer's own columns, as in CURing.
+    """
+
+    columns: bool = True
 
     def describe(self) -> str:
-        return f"CUR {self.ratio:.0%}"
+        return f"{'CUR' if self.columns else 'own filters'} {self.ratio:.0%}"
 
 
 @handles(CUR, "cur")
@@ -43,7 +49,8 @@ class _CURHandler(LowersToTwo):
         assert isinstance(config, CUR)
         matrix = dense_weight(layer, "CUR").flatten(1).double()
         rows, columns, u = cur(matrix, config.rank(*matrix.shape), context.gram)
-        return split_layer(layer, matrix[rows], matrix[:, columns] @ u, cast("Tensor | None", layer.bias))
+        mixture = matrix[:, columns] @ u if config.columns else fitted(matrix, rows, context.gram)
+        return split_layer(layer, matrix[rows], mixture, cast("Tensor | None", layer.bias))
 
 
 def cur(matrix: Tensor, rank: int, gram: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,19 +60,25 @@ def cur(matrix: Tensor, rank: int, gram: Tensor | None) -> tuple[Tensor, Tensor,
     norms = torch.ones(n).double() if gram is None else gram.diagonal()[:n].double().clamp_min(0).sqrt()
     left, _, right = torch.linalg.svd(matrix.abs() * norms, full_matrices=False)
     rows, columns = deim(left[:, :rank]), deim(right[:rank].T)
-    c, r = matrix[:, columns], matrix[rows]
-    inverse = torch.linalg.pinv(c, rtol=CUTOFF)
-    mixed = matrix @ torch.linalg.pinv(r, rtol=CUTOFF) if gram is None else refit_second(matrix, r, gram)
-    return rows, columns, inverse @ mixed
+    return rows, columns, torch.linalg.pinv(matrix[:, columns], rtol=CUTOFF) @ fitted(matrix, rows, gram)
+
+
+def fitted(matrix: Tensor, rows: Tensor, gram: Tensor | None) -> Tensor:
+    """The best mixture of some rows, on the data where it is known.  # (out, n), (rank,) -> (out, rank)"""
+    if gram is not None:
+        return refit_second(matrix, matrix[rows], gram)
+    inverse: Tensor = torch.linalg.pinv(matrix[rows], rtol=CUTOFF)
+    return matrix @ inverse
 
 
 def deim(basis: Tensor) -> Tensor:
-    """Rows at which a basis is interpolated: each time where the next vector differs most.  # (n, rank) -> (rank,)"""
-    chosen = [int(basis[:, 0].abs().argmax())]
-    for j in range(1, basis.shape[1]):
-        known = basis[chosen, :j]
-        weights = torch.linalg.lstsq(known, basis[chosen, j : j + 1], driver="gelsd").solution
-        residual = (basis[:, j : j + 1] - basis[:, :j] @ weights)[:, 0].abs()
-        residual[chosen] = -1.0  # a row counts once, whatever rounding says
-        chosen.append(int(residual.argmax()))
-    return torch.tensor(chosen)
+    """Rows at which a basis is interpolated: each time where the next vector differs most from what the rows so far give.
+
+    What is left of a vector then is its column in Gaussian elimination, so these are the pivots of an LU decomposition (Sorensen
+    and Embree 2016).  # (n, rank) -> (rank,)
+    """
+    _, pivots, _ = torch.linalg.lu_factor_ex(basis)
+    order = list(range(len(basis)))
+    for i, pivot in enumerate(pivots.tolist()):
+        order[i], order[pivot - 1] = order[pivot - 1], order[i]
+    return torch.tensor(order[: basis.shape[1]])

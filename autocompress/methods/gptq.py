@@ -75,7 +75,7 @@ def gptq(
         return pack_weight(weight, bits, group, scale=scale)
     top = 2 ** (bits - 1) - 1
     steps = spread(scale, shape, group).expand(shape).flatten(1).double()
-    order = torch.argsort(diagonal, descending=True, stable=True)
+    order = hessian.falling()
     places = order.tolist()
     integers = torch.zeros(shape[0], n, dtype=torch.int8)
 

@@ -65,6 +65,10 @@ class Hessian:
 
         return self.memo(("root", order.numpy().tobytes()), make)
 
+    def falling(self) -> Tensor:
+        """Columns in the order of falling ``H_jj``: those that matter most while many can still make good.  # (n,)"""
+        return torch.argsort(self.matrix.diagonal(), descending=True, stable=True)
+
     def error(self, change: Tensor) -> Tensor:
         """Mean squared output error of each row of a change of weights.  # (rows, n) -> (rows,)"""
         d = change.double()
@@ -100,6 +104,17 @@ def sweep(
             part[:, j] = final
         w[:, stop:] -= errors @ root[start:stop, stop:]
     return w
+
+
+def row_unit(values: Tensor) -> Tensor:
+    """The largest magnitude of each row, 1 where there is none.  # (rows, n) -> (rows, 1)"""
+    unit = values.abs().amax(1, keepdim=True).float()
+    return torch.where(unit > 0, unit, torch.ones_like(unit))
+
+
+def halves(values: Tensor, unit: Tensor) -> Tensor:
+    """16-bit floats times a factor a row."""
+    return (values / unit).half().float() * unit
 
 
 def by_position(channels: int, area: int) -> Tensor:

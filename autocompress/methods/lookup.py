@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor
 
-from autocompress.methods.base import LayerContext, WeightForm, handles, set_weight
-from autocompress.methods.hessian import Hessian, parts_of, sweep
+from autocompress.methods.base import FormHandler, WeightForm, handles
+from autocompress.methods.hessian import Hessian, halves, row_unit, sweep
 from autocompress.types import Kernel, MethodConfig, Storage
 
 ROUNDS = 30
@@ -53,7 +52,7 @@ class Lookup(MethodConfig):
 class WeightLookup(WeightForm):
     """Parametrization ``w -> the nearest entry of its row's table``, straight-through; outliers stay.
 
-    ``table`` ascending  # (rows, 2^bits); ``outliers``  # the weight's shape, bool
+    ``table`` ascending  # (rows, 2^bits); ``outliers``  # (rows, n) bool
     """
 
     family = "lookup"
@@ -67,26 +66,19 @@ class WeightLookup(WeightForm):
 
     def forward(self, weight: Tensor) -> Tensor:
         entry = nearest(self.table, weight.detach().flatten(1).float()).reshape(weight.shape).to(weight.dtype)
-        return torch.where(self.outliers, weight, weight + (entry - weight).detach())
+        return torch.where(self.outliers.reshape(weight.shape), weight, weight + (entry - weight).detach())
 
     def holds(self, weight: Tensor) -> bool:
-        rows, skip = weight.flatten(1), self.outliers.flatten(1)
-        return all(len(row[~out].unique()) <= self.table.shape[1] for row, out in zip(rows, skip, strict=True))
+        rows = zip(weight.flatten(1), self.outliers, strict=True)
+        return all(len(row[~out].unique()) <= self.table.shape[1] for row, out in rows)
 
 
 @handles(Lookup, "lookup")
-class _LookupHandler:
-    def lower(self, config: MethodConfig, kernel: Kernel) -> tuple[Kernel, ...]:
-        return (kernel,)
-
-    def apply(self, config: MethodConfig, layer: nn.Module, context: LayerContext) -> nn.Module:
+class _LookupHandler(FormHandler):
+    def fit(self, config: MethodConfig, weight: Tensor, hessian: Hessian | None) -> tuple[Tensor, WeightForm]:
         assert isinstance(config, Lookup)
-        for part, gram in list(parts_of(layer, context.gram)):
-            hessian, shape = context.hessian(part, gram), part.weight.shape
-            new, table, outliers = tabulate(part.weight.detach().flatten(1).double(), config, hessian)
-            set_weight(part, new, hessian)
-            parametrize.register_parametrization(part, "weight", WeightLookup(table, outliers.reshape(shape)))
-        return layer
+        new, table, outliers = tabulate(weight, config, hessian)
+        return new, WeightLookup(table, outliers)
 
 
 def tabulate(weight: Tensor, config: Lookup, hessian: Hessian | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,19 +86,18 @@ def tabulate(weight: Tensor, config: Lookup, hessian: Hessian | None) -> tuple[T
     n = weight.shape[1]
     importance = torch.ones(n, dtype=weight.dtype) if hessian is None else hessian.matrix.diagonal()
     outliers = find_outliers(weight, importance, config.outliers)
-    unit = weight.abs().amax(1, keepdim=True).float()
-    unit = torch.where(unit > 0, unit, torch.ones_like(unit))
-    table = _halves(kmeans(weight, importance * ~outliers, 2**config.bits), unit)
-    kept = _halves(weight, unit).to(weight.dtype)
+    unit = row_unit(weight)
+    table = halves(kmeans(weight, importance * ~outliers, 2**config.bits), unit)
+    kept = halves(weight, unit).to(weight.dtype)
     if hessian is None or config.by == "kmeans":
         return torch.where(outliers, kept, nearest(table, weight.float()).to(weight.dtype)), table, outliers
-    order = torch.argsort(importance, descending=True, stable=True)
+    order = hessian.falling()
     places = order.tolist()
 
     def settle(column: int, ahead: Tensor) -> Tensor:
         now, out = ahead[:, :1], outliers[:, places[column]]
         entry = nearest(table, now.float()).to(now.dtype)[:, 0]
-        return torch.where(out, _halves(now, unit).to(now.dtype)[:, 0], entry)
+        return torch.where(out, halves(now, unit).to(now.dtype)[:, 0], entry)
 
     settled = sweep(weight[:, order], hessian.inverse_root(order), settle)
     return settled[:, torch.argsort(order)], table, outliers
@@ -145,11 +136,6 @@ def _lloyd(table: Tensor, weight: Tensor, importance: Tensor) -> Tensor:
         total = torch.zeros_like(table).scatter_add_(1, codes, importance * weight)
         table = torch.where(share > 0, total / share, table).sort(dim=1).values
     return table
-
-
-def _halves(values: Tensor, unit: Tensor) -> Tensor:
-    """16-bit floats times a factor a row."""
-    return (values / unit).half().float() * unit
 
 
 def _codes(table: Tensor, weight: Tensor) -> Tensor:

@@ -58,6 +58,19 @@ class StaticInt8(MethodConfig):
         return _stored(kernel, before, 8, 0)
 
 
+Ranges = Literal["minmax", "percentile", "mse", "entropy"]
+
+
+@dataclass(frozen=True)
+class CalibratedInt8(StaticInt8):
+    """:class:`StaticInt8` whose activations' ranges are chosen otherwise than by their extremes; see ``ranges.py``."""
+
+    ranges: Ranges = "mse"
+
+    def describe(self) -> str:
+        return f"int8 by {self.ranges}"
+
+
 def _stored(kernel: Kernel, before: Storage, bits: int, group: int) -> Storage:
     """Integers, and a float scale an output channel or block."""
     columns = kernel.in_shape[0] // kernel.groups
@@ -180,6 +193,7 @@ def fake_quantized(layer: nn.Module, bits: int, group: int = 0, activations: boo
     return layer
 
 
+@handles(CalibratedInt8, "int8_ranges")
 @handles(StaticInt8, "int8")
 class _StaticInt8Handler:
     def lower(self, config: MethodConfig, kernel: Kernel) -> tuple[Kernel, ...]:

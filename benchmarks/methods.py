@@ -1,0 +1,111 @@
+"""Methods without a search: quality against size with every layer at the same level, on ResNet-20 and on a small Llama.
+
+Run: python benchmarks/methods.py --data ASSETS --families spqr billm; resumable row by row. One thread. Two rungs: levels as
+the database makes them from dense inputs (``stitched``), and after the sequential refit. ``channels:IMPORTANCE`` prunes every
+group to three quarters and to half of its width by that importance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import folders, load, opened, quality, save
+
+from autocompress.costs import CostModel
+from autocompress.deploy import deploy
+from autocompress.finish import finish
+from autocompress.graph import Graph, trace
+from autocompress.results import Importance
+from autocompress.space import make_space
+from autocompress.tasks import Task, load_task
+from autocompress.types import Plan, SearchSpace
+
+JUDGED = {"cifar10:resnet20": 2000, "lm:python_llama": 96}
+"""Test images, windows of text."""
+WIDTHS = (0.75, 0.5)
+COSTS = ("weight_bits", "params", "macs")
+
+
+def plans(space: SearchSpace) -> Iterator[tuple[str, Plan]]:
+    """Each label that layers have, at all that have it; widths at the level that is nearest to a share."""
+    if all(site.kind == "channels" for site in space.sites):
+        for share in WIDTHS:
+            nearest = [
+                min(range(len(levels)), key=lambda i: abs((levels[i].steps[0].keep if i else site.width) - share * site.width))  # type: ignore[attr-defined]
+                for site, levels in zip(space.sites, space.levels, strict=True)
+            ]  # fmt: skip
+            yield f"{share:.0%} of the width", tuple(nearest)
+        return
+    labels = dict.fromkeys(level.label for levels in space.levels for level in levels[1:])
+    for label in labels:
+        places = [[level.label for level in levels] for levels in space.levels]
+        yield label, tuple(found.index(label) if label in found else 0 for found in places)
+
+
+def rows(task: Task, graph: Graph, family: str, known: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    name, _, importance = family.partition(":")
+    space = make_space(graph, (name,), cast(Importance, importance or "obs"))
+    database, costs, split = (
+        opened(graph, space, task),
+        CostModel(graph, space, {}),
+        task.report.take(JUDGED[task.name]),
+    )
+    dense = costs.in_units(space.dense)
+    for label, plan in plans(space):
+        key = f"{family} {label}"
+        if key in known:
+            continue
+        start = time.process_time()
+        found = {"stitched": quality(task, deploy(database.stitch(plan)), split)}
+        seconds = time.process_time() - start
+        found["refitted"] = quality(task, deploy(finish(database, plan)), split)
+        cost = costs.in_units(plan)
+        yield (
+            key,
+            {
+                "family": family,
+                "level": label,
+                "weight_bits": f"{cost['weight_bits']:.2f}",
+                **{metric: f"{cost[metric] / dense[metric]:.1%}" for metric in COSTS[1:]},
+                **{rung: f"{value:.1%}" if task.higher_is_better else f"{value:.2f}" for rung, value in found.items()},
+                "seconds": f"{seconds:.1f}",
+            },
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    folders(parser)
+    parser.add_argument("--families", nargs="*", default=["spqr", "billm"])
+    parser.add_argument("--only", choices=list(JUDGED), nargs="*", default=list(JUDGED))
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    for spec in given.only:
+        at = next((str(Path(f) / "python_llama") for f in given.data if (Path(f) / "python_llama").is_dir()), "")
+        task = load_task(spec.replace("python_llama", at), given.data)
+        graph, name = trace(task.model, task.example_inputs), "methods_" + spec.partition(":")[2]
+        JUDGED.setdefault(task.name, JUDGED[spec])
+        original, known = quality(task, graph.module, task.report.take(JUDGED[task.name])), load(name)
+        shown = f"{original:.1%}" if task.higher_is_better else f"{original:.2f}"
+        columns = [
+            ("family", "family"), ("level", "level"), ("weight_bits", "bits a weight"), ("params", "parameters"),
+            ("macs", "MACs"), ("stitched", f"{task.metric_name}, stitched (original {shown})"), ("refitted", "refitted"),
+            ("seconds", "s"),
+        ]  # fmt: skip
+        for family in given.families:
+            for key, row in rows(task, graph, family, known):
+                known[key] = row
+                save(name, known, columns, f"Methods on {spec}", "python benchmarks/methods.py --data ASSETS")
+                print(key, row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
