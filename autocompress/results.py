@@ -70,6 +70,8 @@ class Request(_Record):
     """Distillation time of each recovered plan, in minutes of this machine; 0 turns recovery off."""
     recover_steps: int | None = None
     """Distillation steps of each recovered plan; ``None`` takes what fits into ``recover_minutes``. A replay gives them."""
+    recovery: str = "logits"
+    """What recovery learns from and how it steps; see ``recipe.py``."""
     batch: int = 1
     """Batch size at which latency is predicted and measured."""
     threads: int = 1
@@ -83,7 +85,8 @@ class Request(_Record):
     @property
     def hash(self) -> str:
         # left out where unsaid, so that requests from before there were these fields keep their hash
-        unsaid = {name for name in ("race", "warm", "warm_from") if not getattr(self, name)}
+        fields = type(self).model_fields
+        unsaid = {n for n in ("race", "warm", "warm_from", "recovery") if getattr(self, n) == fields[n].default}
         return digest(self.model_dump(mode="json", exclude={"workers", *unsaid}))
 
 

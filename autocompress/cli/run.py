@@ -35,6 +35,7 @@ def compress(
     profile: o.Profiles = None,
     recover_minutes: o.RecoverMinutes = 2.0,
     recover_steps: o.RecoverSteps = None,
+    recovery: o.RecoveryRecipe = "logits",
     batch: o.Batch = 1,
     threads: o.Threads = 1,
     workers: o.Workers = None,
