@@ -162,9 +162,11 @@ def run(
 
 
 def _draw(result: JobResult, out: Path) -> None:
-    from autocompress.dashboard.picture import write_front_png, write_race_png
+    from autocompress.dashboard.picture import write_front_png, write_race_png, write_sensitivity_png
 
     write_front_png(result, out / "front.png")
+    if result.diagnosis is not None:
+        write_sensitivity_png(result, out / "sensitivity.png", result.point(result.diagnosis.plan).plan)
     if result.race:
         write_race_png(result, out / "race.png")
 
