@@ -162,9 +162,11 @@ def run(
 
 
 def _draw(result: JobResult, out: Path) -> None:
-    from autocompress.dashboard.picture import write_front_png, write_race_png
+    from autocompress.dashboard.picture import write_front_png, write_race_png, write_sensitivity_png
 
     write_front_png(result, out / "front.png")
+    if result.diagnosis is not None:
+        write_sensitivity_png(result, out / "sensitivity.png", result.point(result.diagnosis.plan).plan)
     if result.race:
         write_race_png(result, out / "race.png")
 
@@ -188,7 +190,7 @@ def compress(
     ``budgets``: upper limits such as ``"latency_ms<=50%@local"``, ``"size_mb<=3"``, ``"accuracy_drop<=1.0"`` (points).
     ``out``: folder for the files (default ``runs/<task>-<hash>``); calling again with the same arguments continues there.
     ``options``: further fields of :class:`~autocompress.Request`: ``methods``, ``importance``, ``profiles``,
-    ``recover_minutes``, ``batch``, ``threads``, ``workers``, ``warm``, ``warm_from``, ``race``.
+    ``recover_minutes``, ``recovery``, ``batch``, ``threads``, ``workers``, ``warm``, ``warm_from``, ``race``.
 
     Raises ``InfeasibleBudget`` or ``BudgetUnmet`` when the budgets cannot be, or are not, met, and the other classes of
     :mod:`autocompress.errors` for what cannot be used as given.

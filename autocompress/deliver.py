@@ -247,6 +247,8 @@ def replay_command(request: Request, out: Path, evaluations: int, race: Sequence
     for name, file in profiles.items():
         words += ["--profile", f"{name}={file}"]
     words += ["--recover-steps", str(request.recover_steps or 0)]
+    if request.recovery != "logits":
+        words += ["--recovery", request.recovery]
     if request.warm or request.warm_from:
         words += ["--warm-from", str(out / LEDGER_START)]
     if request.batch != 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from autocompress.errors import StoreError, UsageError
 from autocompress.files import make_folder, write_bytes
 from autocompress.finish import finish
 from autocompress.methods.quantization import ActivationQuant
+from autocompress.pairing import pair
 from autocompress.recover import Recovery, recover
 from autocompress.types import Fidelity, Plan, digest
 
@@ -64,11 +65,11 @@ class Models:
 
     def recovery_key(self) -> object:
         """What decides the rung ``recovered``, for the ledger."""
-        return [vars(self.recovery) if self.recovery else None, self.steps]
+        return [asdict(self.recovery) if self.recovery else None, self.steps]
 
     def path(self, plan: Plan, fidelity: Fidelity) -> Path:
         """Where a model is kept: named by everything that decides it."""
-        settings = vars(self.recovery) if fidelity == "recovered" and self.recovery else None
+        settings = asdict(self.recovery) if fidelity == "recovered" and self.recovery else None
         key = digest([self.database.key, self.database.space.plan_to_json(plan), fidelity, settings])
         return self.folder / f"{fidelity}-{key}.safetensors"
 
@@ -77,7 +78,9 @@ class Models:
             raise UsageError("This run has no recovery; give it training data and recover_minutes above 0.")
         start = self.live(plan, "refitted")
         original, settings = self.database.graph.module, replace(self.recovery, steps=self.steps)
-        return recover(start, original, self.database.task, settings, self.reference(), self.on_step, self.cancelled)
+        pairing = pair(self.database, plan)
+        task, reference = self.database.task, self.reference()
+        return recover(start, original, task, settings, reference, self.on_step, self.cancelled, pairing)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -108,6 +111,8 @@ def _restore(model: fx.GraphModule, tensors: dict[str, Tensor]) -> fx.GraphModul
         owner, _, leaf = name.rpartition(".")
         if leaf == "bias" and parts[owner].bias is None:  # refit gives a layer one
             parts[owner].bias = nn.Parameter(torch.empty_like(tensor))
+        if leaf == "scale" and getattr(parts[owner], "scale", None) is None:  # recovery may have trained a grid
+            parts[owner].scale = torch.empty_like(tensor)
     for name, part in parts.items():
         if isinstance(getattr(part, "bias", None), nn.Parameter) and f"{name}.bias" not in tensors:
             part.bias = None  # or leaves it to the norm behind

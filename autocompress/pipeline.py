@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from autocompress.deliver import LEDGER_START, LOCAL, Delivery, certified, choose, replay_command, timed
+from autocompress.diagnose import diagnose
 from autocompress.errors import BudgetUnmet, Cancelled, InfeasibleBudget, StoreError, UsageError, VerificationError
 from autocompress.evaluate import ModelEvaluator
 from autocompress.files import make_folder, write_json, write_text
@@ -27,7 +28,7 @@ from autocompress.ledger import JobLedger, NoLedger, Shared, Start, started
 from autocompress.models import Models
 from autocompress.prepare import Prepared, prepare, recovery_of
 from autocompress.report import make_result
-from autocompress.results import JobResult, LedgerRow, Progress, RaceEntry, Request, Stage
+from autocompress.results import Diagnosis, JobResult, LedgerRow, Progress, RaceEntry, Request, Stage
 from autocompress.search import CONTROLLERS, ParetoFront, Polish, Racer, check_feasible, racers, run_race
 from autocompress.search import run as run_search
 from autocompress.tasks import Task
@@ -56,6 +57,8 @@ SEARCHED: tuple[Fidelity, ...] = ("slice", "full")
 RUNGS: tuple[Fidelity, ...] = ("slice", "full", "refitted")
 SLOWER = 1.03
 """A file that takes this much longer than the original, timed in the same rounds, is slower."""
+SENSITIVITY_SHARE, LEAST_SENSITIVITY = 4, 24
+"""One-site plans that are judged for the sensitivity map, beside those that the search knows: one in so many evaluations."""
 SPARE = 0.98
 """After predictions proved too low, the search aims this much below the corrected limit."""
 
@@ -153,6 +156,7 @@ class _Run:
         self.request, self.out, self.stages, self.cancelled = request, out, stages, cancelled
         self.field = racers(request.controller, request.race)
         self.race: tuple[RaceEntry, ...] = ()
+        self.diagnosis: Diagnosis | None = None
         self.given_task, self.own, self.shared = task, NoLedger() if ledger is None else ledger, shared
         self.start = Start()
         self.known: list[Evaluation] = []
@@ -443,6 +447,8 @@ class _Run:
             raise refused
         best = chosen if holding and not failed else None
         self.notes += certificate.statements
+        self._write(deliveries, best)
+        self._diagnose(chosen, deliveries)
         result = self._write(deliveries, best)
         if best is None:
             reasons = " ".join(check.sentence for check in failed) or "No plan holds every budget on the search split."
@@ -451,6 +457,23 @@ class _Run:
                 "or search longer."
             )
         return result
+
+    def _diagnose(self, chosen: Delivery, deliveries: Sequence[Delivery]) -> None:
+        """What the plan that is handed out does to the model; others at its rung, the best first, answer beside it."""
+        plan, rung = chosen.evaluation.plan, chosen.evaluation.fidelity
+        others = [d.evaluation for d in deliveries if d.evaluation.fidelity == rung and d.evaluation.plan != plan]
+        with self.stages.at("diagnose"):
+            self.diagnosis = diagnose(
+                chosen.evaluation,
+                sorted(others, key=lambda e: e.values["loss"]),
+                self.models,
+                self.made,
+                self.evaluator,
+                [e for rung in SEARCHED for e in self.front.evaluations(rung)],
+                max(LEAST_SENSITIVITY, self._limit() // SENSITIVITY_SHARE),
+                self.stages.tick,
+                self.cancelled,
+            )
 
     def _certified(self, delivery: Delivery) -> Certificate:
         with self.stages.at("export"):
@@ -479,6 +502,7 @@ class _Run:
             self.notes + ([f"What this job measured is not all kept for others: {refusal}"] if refusal else []),
             LedgerRow(hash=self.start.hash, entries=len(self.start.entries)),
             self.race,
+            self.diagnosis,
         )
         write_text(self.out / "result.json", result.model_dump_json(indent=1))
         return result

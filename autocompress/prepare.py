@@ -23,6 +23,8 @@ from autocompress.graph import IS_OUTPUT, Graph, trace
 from autocompress.hwprofiles import HardwareProfile, exact_int8, known_profiles, load_profile, measure_local, measure_ms
 from autocompress.onnx_file import Artifact, sha256_of
 from autocompress.packed import packed_levels
+from autocompress.pairing import pair
+from autocompress.recipe import Recipe
 from autocompress.recover import Recovery, recover
 from autocompress.results import Request
 from autocompress.search import check_feasible
@@ -225,25 +227,29 @@ def recovery_of(request: Request, made: Prepared, out: Path) -> Recovery | None:
         return None
     if request.recover_steps == 0:
         return None
-    steps, record = request.recover_steps, out / "recovery.json"
+    steps, record, recipe = request.recover_steps, out / "recovery.json", Recipe.parse(request.recovery)
     if steps is None:
         with suppress(OSError, ValueError, KeyError, TypeError):
             stored = json.loads(record.read_text())
-            steps = int(stored["steps"]) if stored["minutes"] == request.recover_minutes else None
+            same = (stored["minutes"], stored["recipe"]) == (request.recover_minutes, str(recipe))
+            steps = int(stored["steps"]) if same else None
     if steps is None:
-        per_step = _seconds_per_step(made, request.seed)
+        per_step = _seconds_per_step(made, request.seed, recipe)
         steps = max(20, int(60 * request.recover_minutes / per_step) // 10 * 10)
-        write_json(record, {"steps": steps, "seconds_per_step": per_step, "minutes": request.recover_minutes})
-    return Recovery(steps=steps, batch_size=made.task.batch_size, seed=request.seed)
+        chosen = {"steps": steps, "seconds_per_step": per_step, "minutes": request.recover_minutes}
+        write_json(record, {**chosen, "recipe": str(recipe)})
+    return Recovery(steps=steps, batch_size=made.task.batch_size, seed=request.seed, recipe=recipe)
 
 
-def _seconds_per_step(made: Prepared, seed: int) -> float:
+def _seconds_per_step(made: Prepared, seed: int, recipe: Recipe) -> float:
     """How long one step of distillation takes on the original model: no plan is slower."""
     small = replace(made.task, search=made.task.search.take(1))
     with torch.no_grad():
         reference = made.graph.module(small.inputs(small.search))
     live = made.database.stitch(made.space.dense)
-    trial = Recovery(steps=6, batch_size=made.task.batch_size, learning_rate=1e-4, checks=1, seed=seed)
+    size = made.task.batch_size
+    trial = Recovery(steps=6, batch_size=size, learning_rate=1e-4, checks=1, seed=seed, recipe=recipe)
+    pairing = pair(made.database, made.space.dense)
     start = time.process_time()  # not the wall clock: another process must not shorten the training
-    recover(live, made.graph.module, small, trial, reference)
+    recover(live, made.graph.module, small, trial, reference, pairing=pairing)
     return (time.process_time() - start) / torch.get_num_threads() / trial.steps

@@ -8,7 +8,7 @@ import numpy as np
 
 from autocompress.deliver import Delivery
 from autocompress.prepare import Prepared
-from autocompress.results import BudgetRow, JobResult, LedgerRow, OpRow, Point, RaceEntry, Request, SiteRow
+from autocompress.results import BudgetRow, Diagnosis, JobResult, LedgerRow, OpRow, Point, RaceEntry, Request, SiteRow
 from autocompress.search import ParetoFront
 from autocompress.search.front import non_dominated
 from autocompress.types import METRICS, Budget, Evaluation, Plan, digest
@@ -28,6 +28,7 @@ def make_result(
     notes: Sequence[str],
     ledger: LedgerRow,
     race: Sequence[RaceEntry],
+    diagnosis: Diagnosis | None,
 ) -> JobResult:
     """All judged plans of the upper rungs as points; those that could be handed out and that nothing beats are the front."""
     space = made.space
@@ -68,6 +69,7 @@ def make_result(
         notes=tuple(notes),
         ledger=ledger,
         race=tuple(race),
+        diagnosis=diagnosis,
         request=request,
     )
 

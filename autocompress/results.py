@@ -5,14 +5,14 @@ Knows nothing of torch or ONNX.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from autocompress.types import Fidelity, digest
 
-Stage = Literal["task", "graph", "database", "profile", "search", "refit", "recover", "export", "verify"]
-STAGES: tuple[Stage, ...] = ("task", "graph", "database", "profile", "search", "refit", "recover", "export", "verify")
+Stage = Literal["task", "graph", "database", "profile", "search", "refit", "recover", "export", "verify", "diagnose"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 METHOD_FAMILIES = ("channels", "blocks", "lowrank", "int8", "w8", "w4")
 """The families a search uses unless ``--methods`` says otherwise."""
@@ -76,6 +76,8 @@ class Request(_Record):
     """Distillation time of each recovered plan, in minutes of this machine; 0 turns recovery off."""
     recover_steps: int | None = None
     """Distillation steps of each recovered plan; ``None`` takes what fits into ``recover_minutes``. A replay gives them."""
+    recovery: str = "logits"
+    """What recovery learns from and how it steps; see ``recipe.py``."""
     batch: int = 1
     """Batch size at which latency is predicted and measured."""
     threads: int = 1
@@ -89,7 +91,8 @@ class Request(_Record):
     @property
     def hash(self) -> str:
         # left out where unsaid, so that requests from before there were these fields keep their hash
-        unsaid = {name for name in ("race", "warm", "warm_from") if not getattr(self, name)}
+        fields = type(self).model_fields
+        unsaid = {n for n in ("race", "warm", "warm_from", "recovery") if getattr(self, n) == fields[n].default}
         return digest(self.model_dump(mode="json", exclude={"workers", *unsaid}))
 
 
@@ -184,6 +187,89 @@ class RaceEntry(_Record):
         return next(mark for mark in self.history if mark.loss == self.end.loss)
 
 
+class Exemplar(_Record):
+    """An example of the report split that compressed models answer otherwise than the original (Hooker et al. 2019).
+
+    ``compressed``: the answer that most of them give, ``agreement`` their share. Labels are ``None`` where answers are no
+    classes.
+    """
+
+    index: int
+    target: int | None
+    original: int | None
+    compressed: int | None
+    agreement: float
+    drop: float
+    """Mean score of the compressed models below the original's."""
+
+
+class ClassRow(_Record):
+    """A class of the report split: scores, and the change of the delivered plan in points with a 95 % paired interval.
+
+    ``relative``: the change minus that of all examples; ``unlike``: whether its interval leaves out zero.
+    """
+
+    label: int
+    examples: int
+    original: float
+    compressed: float
+    change: float
+    half_width: float
+    relative: float
+    unlike: bool
+
+
+class SensitivityRow(_Record):
+    """One level at one site, all others dense: the loss above the dense model's."""
+
+    site: str
+    level: str
+    loss: float
+
+
+class LayerRow(_Record):
+    """A layer of the delivered plan: ``|y - y'|^2 / |y|^2`` of its outputs (after norm and ReLU) at the channels that live.
+
+    ``bits``: what its integers need on average, where it has some.
+    """
+
+    name: str
+    level: str
+    width: str
+    error: float
+    bits: float | None = None
+
+
+class ContributionRow(_Record):
+    """The delivered plan without one method, or ``nothing``: refitted, and what it costs; ``None`` where that is not finite."""
+
+    without: str
+    sites: int
+    loss: float | None
+    accuracy_drop: float | None
+    costs: dict[str, float]
+
+
+class Diagnosis(_Record):
+    """What compression did, where and by what; ``plan``: id of the plan it is about, ``rung``: that of its model.
+
+    ``models``: ids of the plans whose answers are compared; ``examples``: of the report split; ``changed``: exemplars in all, of
+    which the first are listed; ``right``: shares of exemplars that the original and the compressed models answer right.
+    """
+
+    plan: str
+    rung: Fidelity
+    models: tuple[str, ...]
+    examples: int
+    changed: int | None
+    right: tuple[float, float] | None
+    exemplars: tuple[Exemplar, ...]
+    classes: tuple[ClassRow, ...]
+    sensitivity: tuple[SensitivityRow, ...]
+    layers: tuple[LayerRow, ...]
+    contributions: tuple[ContributionRow, ...]
+
+
 class JobResult(_Record):
     """The outcome of a compress job; ``points`` holds every rung's evaluations of interest, the front's among them."""
 
@@ -208,6 +294,7 @@ class JobResult(_Record):
     ledger: LedgerRow | None = None
     race: tuple[RaceEntry, ...] = ()
     """The controllers that raced, in the order they were named."""
+    diagnosis: Diagnosis | None = None
     request: Request | None = None
 
     def point(self, point_id: str) -> Point:

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from autocompress.errors import UnknownName, UsageError
 from autocompress.ledger import Start
+from autocompress.recipe import Recipe
 from autocompress.results import ALL_FAMILIES, Request
 from autocompress.types import METRICS, Budget
 
@@ -53,6 +54,7 @@ def make_request(fields: Mapping[str, Any]) -> Request:
         "profiles": profiles,
         "workers": workers_of(request.workers),
         "warm_from": start,
+        "recovery": str(Recipe.parse(request.recovery)),
     }
     return request.model_copy(update={"task": _task(request.task), **update})
 

@@ -255,9 +255,14 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 
 def network(name: str, seed: int = 0) -> nn.Module:
     """One of :data:`BUILDERS` in eval mode, with lively weights and norms: what goes wrong early must show in the logits."""
+    return lively(BUILDERS[name], seed)
+
+
+def lively(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """Any network in eval mode, its weights and norms drawn with ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = BUILDERS[name]()
+        model = build()
         for part in model.modules():
             if isinstance(part, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(part.weight)
@@ -278,7 +283,11 @@ def images(n: int, seed: int = 0) -> Tensor:
 
 def task(name: str, n: int = 128, train: bool = True, seed: int = 0) -> Task:
     """A task on which the network is its own teacher: labels are what it answers, so it scores 100 %."""
-    model = network(name, seed)
+    return taught(name, network(name, seed), n, train)
+
+
+def taught(name: str, model: nn.Module, n: int = 128, train: bool = True) -> Task:
+    """The task of answering as ``model`` does."""
 
     def split(n: int, seed: int) -> Split:
         inputs = images(n, seed)

@@ -383,6 +383,27 @@ def test_profile_measure_refusals() -> None:
     assert "--minutes is more than 0" in refused("profile", "measure", "--minutes", "0")
 
 
+# ---------------------------------------------------------------- diagnose
+
+
+def test_a_diagnosis_in_tables_as_json_and_as_a_picture(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    result = sample.diagnosed()
+    (folder / "result.json").write_text(result.model_dump_json())
+    done = call("diagnose", folder, "--png", tmp_path / "map.png")
+    assert done.exit_code == 0 and (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    for words in ("answer 2 of 2000 examples", "without each of its methods", "layer1.0.conv2", "keep 4/16", "-8.0 *"):
+        assert words in done.stdout, words
+    assert result.diagnosis is not None
+    assert document("diagnose", folder)["diagnosis"] == result.diagnosis.model_dump(mode="json")
+    assert "--png names a .png file" in refused("diagnose", folder, "--png", tmp_path / "map.svg")
+
+
+def test_a_result_without_a_diagnosis_says_so(run_folder: Path) -> None:
+    assert "has no diagnosis; run the job again" in refused("diagnose", str(run_folder))
+
+
 # ---------------------------------------------------------------- doctor and dashboard
 
 

@@ -55,6 +55,7 @@ def submit(
     profile: o.Profiles = None,
     recover_minutes: o.RecoverMinutes = 2.0,
     recover_steps: o.RecoverSteps = None,
+    recovery: o.RecoveryRecipe = "logits",
     batch: o.Batch = 1,
     threads: o.Threads = 1,
     workers: o.Workers = None,

@@ -75,6 +75,13 @@ RecoverMinutes = Annotated[
 RecoverSteps = Annotated[
     int | None, typer.Option("--recover-steps", help="The same in steps, instead of minutes; repeats exactly.")
 ]
+RecoveryRecipe = Annotated[
+    str,
+    typer.Option(
+        "--recovery",
+        help="What it learns from and how it steps: logits, features, dot, theseus …; see docs/recovery.md.",
+    ),
+]
 Batch = Annotated[int, typer.Option("--batch", help="Batch size at which latency is predicted and measured.")]
 Threads = Annotated[int, typer.Option("--threads", help="Threads for evaluation; 0 takes all cores.")]
 Workers = Annotated[

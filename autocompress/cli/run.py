@@ -10,11 +10,11 @@ import typer
 from autocompress.cli import options as o
 from autocompress.cli.console import out, print_json, quiet_stdout, say
 from autocompress.cli.find import find
-from autocompress.cli.tables import StageProgress, front_json, print_front, print_race
+from autocompress.cli.tables import StageProgress, front_json, print_diagnosis, print_front, print_race
 from autocompress.errors import BudgetUnmet, UsageError
 from autocompress.results import JobResult
 
-FILES = ("model.onnx", "certificate.json", "front.png", "race.png", "result.json")
+FILES = ("model.onnx", "certificate.json", "front.png", "sensitivity.png", "race.png", "result.json")
 
 
 def compress(
@@ -35,6 +35,7 @@ def compress(
     profile: o.Profiles = None,
     recover_minutes: o.RecoverMinutes = 2.0,
     recover_steps: o.RecoverSteps = None,
+    recovery: o.RecoveryRecipe = "logits",
     batch: o.Batch = 1,
     threads: o.Threads = 1,
     workers: o.Workers = None,
@@ -102,6 +103,39 @@ def show_result(result: JobResult, folder: Path) -> None:
     for name in FILES:
         if (folder / name).is_file():
             out.print(f"  {folder / name}", markup=False)
+
+
+def diagnose(
+    job: o.JobName,
+    png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="Draw the sensitivity map, too.")] = None,
+    store: o.Store = None,
+    as_json: o.Json = False,
+) -> None:
+    """Say what compression did to the model, where, and by what.
+
+    Of the plan that a job handed out: examples and classes whose answers changed, the loss of each level at each site, the
+    error of each layer's outputs, and the plan without each of its methods.
+
+    \b
+    Example:
+      autocompress diagnose 3f2a --png sensitivity.png
+    """
+    found = find(job, store)
+    result = found.need_result()
+    if result.diagnosis is None:
+        raise UsageError(f"The result in {found.folder} has no diagnosis; run the job again.")
+    if png is not None:
+        if png.suffix != ".png":
+            raise UsageError(f"--png names a .png file, got {str(png)!r}.")
+        from autocompress.dashboard.picture import write_sensitivity_png
+
+        write_sensitivity_png(result, png, result.point(result.diagnosis.plan).plan)
+    if as_json:
+        print_json({"diagnosis": result.diagnosis.model_dump(mode="json"), "picture": str(png) if png else None})
+        return
+    print_diagnosis(result)
+    if png is not None:
+        out.print(f"  {png}", markup=False)
 
 
 def export(

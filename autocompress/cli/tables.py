@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.table import Column, Table
 
 from autocompress.api import judged_last
 from autocompress.cli.console import err, out, say
+from autocompress.dashboard.diagnosis import class_rows, contribution_rows, exemplar_rows, layer_rows, summary
 from autocompress.dashboard.tables import race_rows
 from autocompress.results import JobResult, Point, Progress, Stage
 
@@ -28,8 +30,11 @@ STAGE_WORDS: dict[Stage, str] = {
     "recover": "distilling plans near the budgets",
     "export": "exporting to ONNX",
     "verify": "verifying the file",
+    "diagnose": "diagnosing the plan",
 }
 
+LISTED = 10
+"""Rows of each table of a diagnosis; ``--json`` has them all."""
 WIDEST = 160
 """Columns a table may take; a terminal that is narrower wraps lines, but loses nothing."""
 
@@ -158,6 +163,32 @@ def print_race(result: JobResult) -> None:
         cells = [number(value) if not isinstance(value, str) else value for value in row.values()]
         table.add_row(*cells, style="bold" if losses and row["best loss"] == min(losses) else "")
     out.print(f"A race of {len(rows)} controllers; seconds are those of a processor.", markup=False)
+    Console(width=max(out.width, WIDEST), highlight=False).print(table)
+
+
+def print_diagnosis(result: JobResult) -> None:
+    """What each method contributed, the layers, classes and exemplars that changed most, and the costliest levels."""
+    diagnosis = result.diagnosis
+    assert diagnosis is not None
+    out.print(f"Plan {diagnosis.plan[:8]} on the rung {diagnosis.rung}. {summary(diagnosis)}", markup=False)
+    levels = sorted(diagnosis.sensitivity, key=lambda row: -row.loss)
+    layers = sorted(layer_rows(diagnosis), key=lambda row: -row["error"])
+    _print_rows("The plan without each of its methods, refitted", contribution_rows(result))
+    _print_rows("Layers with the largest error of their outputs", layers[:LISTED])
+    _print_rows("Levels that cost most alone", [row.model_dump() for row in levels[:LISTED]])
+    _print_rows("Classes that lost most", class_rows(diagnosis)[:LISTED])
+    _print_rows("Exemplars, of the report split", exemplar_rows(diagnosis)[:LISTED])
+
+
+def _print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    if not rows:
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for i, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*(value if isinstance(value, str) else number(value) for value in row.values()))
+    out.print(f"\n{title}", style="bold", markup=False)
     Console(width=max(out.width, WIDEST), highlight=False).print(table)
 
 

@@ -11,6 +11,13 @@ from typing import Any, ParamSpec
 
 import streamlit as st
 
+from autocompress.dashboard.diagnosis import (
+    class_rows,
+    contribution_rows,
+    exemplar_rows,
+    layer_rows,
+    summary,
+)
 from autocompress.dashboard.front import (
     axes_of,
     axis_of,
@@ -21,10 +28,10 @@ from autocompress.dashboard.front import (
     rungs_of,
     value_of,
 )
-from autocompress.dashboard.plots import front_figure, ops_figure, race_figure
+from autocompress.dashboard.plots import errors_figure, front_figure, ops_figure, race_figure, sensitivity_figure
 from autocompress.dashboard.tables import latency_rows, op_devices, op_rows, plan_title, race_rows, site_rows
 from autocompress.errors import AutoCompressError
-from autocompress.results import JobResult, Point
+from autocompress.results import Diagnosis, JobResult, Point
 from autocompress.service.store import Job, JobStore
 from autocompress.types import Fidelity
 
@@ -114,6 +121,8 @@ def show(store: JobStore, job: Job) -> None:
     if result is not None:
         _show_notes(result)
         _show_result(store, job, result)
+        if result.diagnosis is not None:
+            _show_diagnosis(result, result.diagnosis)
         if result.race:
             _show_race(result)
     elif job.state == "succeeded":
@@ -162,6 +171,31 @@ def _show_result(store: JobStore, job: Job, result: JobResult) -> None:
         _show_numbers(result, point)
         _show_export(store, job.id, point.id, is_original=point == result.original)
     _show_layers(result, point)
+
+
+def _show_diagnosis(result: JobResult, diagnosis: Diagnosis) -> None:
+    """What the delivered plan did to the model: always that plan's, whichever is looked at above."""
+    plan = result.point(diagnosis.plan)
+    st.markdown(f"##### Diagnosis of plan `{diagnosis.plan[:8]}`\n:small[{summary(diagnosis)}]")
+    sensitivity, layers, methods, examples = st.tabs(["Sensitivity", "Layers", "Methods", "Examples and classes"])
+    with sensitivity:
+        st.caption(
+            "The loss that one level costs when all other sites stay dense; a ring marks what the plan has there."
+        )
+        st.plotly_chart(sensitivity_figure(result, plan.plan), key="sensitivity", config={"displayModeBar": False})
+    with layers:
+        st.caption("How far each layer's outputs are from the original's, all layers before it compressed, too.")
+        st.plotly_chart(errors_figure(diagnosis), key="errors", config={"displayModeBar": False})
+        st.dataframe(layer_rows(diagnosis), hide_index=True, height=300)
+    with methods:
+        st.caption("The plan, and the plan without one of its methods, each refitted; costs against the original's.")
+        st.dataframe(contribution_rows(result), hide_index=True, height="content")
+    with examples:
+        left, right = st.columns(2, gap="medium")
+        left.caption("Examples of the report split by their number; how many of the models agree.")
+        left.dataframe(exemplar_rows(diagnosis), hide_index=True, height=380)
+        right.caption("Classes, the one that lost most first; * differs from the mean change by more than chance.")
+        right.dataframe(class_rows(diagnosis), hide_index=True, height=380)
 
 
 def _show_race(result: JobResult) -> None:

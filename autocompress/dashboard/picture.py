@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter
 
+from autocompress.dashboard.diagnosis import FLOOR, SCALE, ringed, sensitivity_grid
 from autocompress.dashboard.front import LINES, MARKS, Front, Role, format_value, front_line, read_front
 from autocompress.files import write_atomically
 from autocompress.results import JobResult
@@ -55,6 +58,34 @@ def write_race_png(result: JobResult, path: Path) -> Path:
     first.set_title(f"{result.task}: a race", loc="left", fontsize=14, fontweight="bold", color=_INK)
     handles, labels = first.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=6, frameon=False, fontsize=9.5, labelcolor=_INK)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    return path
+
+
+def write_sensitivity_png(result: JobResult, path: Path, plan: dict[str, str]) -> Path:
+    """Write the sensitivity map's picture, and return ``path``; ``plan``: site -> label, ringed as on the page.
+
+    Raises ``StoreError`` when the disk refuses.
+    """
+    assert result.diagnosis is not None
+    sites, columns, grid = sensitivity_grid(result.diagnosis)
+    values = [[math.nan if v is None else max(v, FLOOR) for v in row] for row in grid]
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    figure = Figure(figsize=(9.0, 1.8 + 0.19 * len(sites)), dpi=160, facecolor="white", layout=layout)
+    axes = figure.add_subplot()
+    top = max((v for row in grid for v in row if v is not None), default=1.0)
+    image = axes.imshow(values, cmap=SCALE, norm=LogNorm(FLOOR, max(top, 10 * FLOOR)), aspect="auto")
+    axes.set_yticks(range(len(sites)), sites, fontsize=7)
+    axes.set_xticks(range(len(columns)), columns, fontsize=7.5, rotation=30, ha="left")
+    axes.xaxis.tick_top()
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, colors=_INK)
+    axes.set_title(f"{result.task}: what one level alone costs", loc="left", fontsize=14, fontweight="bold", color=_INK)
+    for x, y in ringed(plan, sites, columns):
+        axes.plot(
+            x, y, marker="o", markersize=7, markerfacecolor="none", markeredgecolor="#0072B2", markeredgewidth=1.8
+        )
+    figure.colorbar(image, ax=axes, shrink=0.6, label="loss (○: the delivered plan)")
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
     return path
 

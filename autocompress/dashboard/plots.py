@@ -7,6 +7,7 @@ import math
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from autocompress.dashboard.diagnosis import FLOOR, SCALE, ringed, sensitivity_grid
 from autocompress.dashboard.front import (
     LINES,
     MARKS,
@@ -20,7 +21,7 @@ from autocompress.dashboard.front import (
     read_front,
     value_of,
 )
-from autocompress.results import JobResult, Point
+from autocompress.results import Diagnosis, JobResult, Point
 from autocompress.types import Fidelity
 
 FORMAT_STYLE = {"float": ("#0072B2", ""), "int8": ("#009E73", "/"), "w8": ("#CC79A7", "x"), "w4": ("#E69F00", ".")}
@@ -121,6 +122,49 @@ def race_figure(result: JobResult) -> go.Figure:
         margin={"l": 8, "r": 8, "t": 8, "b": 8},
         legend={"orientation": "h", "y": -0.25, "yanchor": "top", "x": 0},
     )
+    return figure
+
+
+def sensitivity_figure(result: JobResult, plan: dict[str, str]) -> go.Figure:
+    """Loss of each level at each site, all others dense, on a logarithmic scale; a ring marks what ``plan`` has there."""
+    assert result.diagnosis is not None
+    sites, columns, grid = sensitivity_grid(result.diagnosis)
+    shown = [[None if v is None else math.log10(max(v, FLOOR)) for v in row] for row in grid]
+    texts = [["" if v is None else f"{v:.3g}" for v in row] for row in grid]
+    ticks = list(range(-4, 3))
+    figure = go.Figure(
+        go.Heatmap(
+            z=shown, x=columns, y=sites, customdata=texts, colorscale=SCALE, xgap=1, ygap=1,
+            hovertemplate="%{y}<br>%{x}<br>loss +%{customdata}<extra></extra>",
+            colorbar={"title": "loss", "tickvals": ticks, "ticktext": [f"{10.0**t:g}" for t in ticks], "thickness": 12},
+        )
+    )  # fmt: skip
+    chosen = ringed(plan, sites, columns)
+    figure.add_scatter(
+        x=[columns[x] for x, _ in chosen], y=[sites[y] for _, y in chosen], mode="markers", hoverinfo="skip", showlegend=False,
+        marker={"symbol": "circle-open", "size": 11, "color": "#0072B2", "line": {"width": 2.5}},
+    )  # fmt: skip
+    figure.update_layout(
+        height=max(240, 110 + 19 * len(sites)), margin={"l": 8, "r": 8, "t": 8, "b": 8}, plot_bgcolor="rgba(0,0,0,0)"
+    )
+    figure.update_yaxes(autorange="reversed", automargin=True, tickfont={"size": 11}, showgrid=False)
+    figure.update_xaxes(side="top", tickangle=-30, automargin=True, tickfont={"size": 11}, showgrid=False)
+    return figure
+
+
+def errors_figure(diagnosis: Diagnosis) -> go.Figure:
+    """Relative squared error of each layer's outputs in the delivered plan, in the model's order."""
+    rows = diagnosis.layers
+    figure = go.Figure(
+        go.Bar(
+            x=[row.name for row in rows], y=[max(row.error, 1e-9) for row in rows], marker={"color": "#0072B2"},
+            customdata=[f"{row.level}, {row.width} channels" for row in rows],
+            hovertemplate="%{x}<br>%{customdata}<br>%{y:.3g}<extra></extra>",
+        )
+    )  # fmt: skip
+    figure.update_layout(height=300, margin={"l": 8, "r": 8, "t": 8, "b": 8}, bargap=0.25)
+    figure.update_yaxes(title="|y − y'|² / |y|²", rangemode="tozero", gridcolor="rgba(128,128,128,0.18)")
+    figure.update_xaxes(tickangle=-60, automargin=True, tickfont={"size": 10})
     return figure
 
 

@@ -4,7 +4,22 @@ from __future__ import annotations
 
 import random
 
-from autocompress.results import BudgetRow, JobResult, OpRow, Point, RaceEntry, RaceMark, Request, SiteRow
+from autocompress.results import (
+    BudgetRow,
+    ClassRow,
+    ContributionRow,
+    Diagnosis,
+    Exemplar,
+    JobResult,
+    LayerRow,
+    OpRow,
+    Point,
+    RaceEntry,
+    RaceMark,
+    Request,
+    SensitivityRow,
+    SiteRow,
+)
 from autocompress.types import Fidelity, digest
 
 DEVICE = "local"
@@ -150,6 +165,51 @@ def result() -> JobResult:
         notes=("The plan is 2.1 times smaller, but on local it is only 1.6 times faster.",),
         request=request(),
     )
+
+
+def diagnosed() -> JobResult:
+    """The same with a diagnosis of its best plan."""
+    plain = result()
+    assert plain.best is not None
+    best = plain.point(plain.best)
+    levels = [(s, label) for s in sites() for label in (list(_KEEP)[1:] if s.kind == "channels" else ["int8"])]
+    costs = dict(best.costs)
+    diagnosis = Diagnosis(
+        plan=best.id,
+        rung="refitted",
+        models=(best.id, plain.points[-1].id),
+        examples=2000,
+        changed=2,
+        right=(0.5, 0.0),
+        exemplars=(
+            Exemplar(index=11, target=3, original=3, compressed=5, agreement=1.0, drop=1.0),
+            Exemplar(index=7, target=4, original=7, compressed=5, agreement=0.5, drop=0.0),
+        ),
+        classes=(
+            ClassRow(
+                label=3,
+                examples=200,
+                original=0.9,
+                compressed=0.8,
+                change=-10.0,
+                half_width=2.0,
+                relative=-8.0,
+                unlike=True,
+            ),
+        ),
+        sensitivity=tuple(
+            SensitivityRow(site=s.name, level=label, loss=(1 - _KEEP.get(label, 0.99)) ** 3) for s, label in levels
+        ),
+        layers=(
+            LayerRow(name="layer1.0.conv1", level="dense", width="8/16", error=0.02),
+            LayerRow(name="layer1.0.conv2", level="int8", width="16/16", error=0.11, bits=7.5),
+        ),
+        contributions=(
+            ContributionRow(without="nothing", sites=0, loss=0.02, accuracy_drop=1.5, costs=costs),
+            ContributionRow(without="int8", sites=3, loss=0.01, accuracy_drop=None, costs=costs),
+        ),
+    )
+    return plain.model_copy(update={"diagnosis": diagnosis})
 
 
 def raced() -> JobResult:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autocompress.dashboard.diagnosis import column_of, contribution_rows, layer_rows, sensitivity_grid, summary
 from autocompress.dashboard.front import (
     MARKS,
     axes_of,
@@ -23,8 +24,8 @@ from autocompress.dashboard.front import (
     rungs_of,
 )
 from autocompress.dashboard.launch import launch
-from autocompress.dashboard.picture import write_front_png, write_race_png
-from autocompress.dashboard.plots import front_figure, ops_figure, race_figure
+from autocompress.dashboard.picture import write_front_png, write_race_png, write_sensitivity_png
+from autocompress.dashboard.plots import errors_figure, front_figure, ops_figure, race_figure, sensitivity_figure
 from autocompress.dashboard.tables import latency_rows, op_rows, plan_title, site_rows
 from autocompress.errors import StoreError, UnknownName, UsageError
 from autocompress.results import JobResult, Point
@@ -202,6 +203,37 @@ def test_the_dashboard_needs_no_torch() -> None:
     modules = "job_page, front, launch, picture, plots, tables"
     code = f"import sys; from autocompress.dashboard import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_sensitivity_map_has_a_row_a_site_and_rings_on_the_plan(tmp_path: Path) -> None:
+    result = sample.diagnosed()
+    assert result.diagnosis is not None
+    plan = result.point(result.diagnosis.plan).plan
+    sites, columns, grid = sensitivity_grid(result.diagnosis)
+    assert sites == [site.name for site in result.sites] and columns == ["keep 75 %", "keep 50 %", "keep 25 %", "int8"]
+    assert grid[0] == [pytest.approx((1 - keep) ** 3) for keep in (0.75, 0.5, 0.25)] + [None]
+    assert grid[1][:3] == [None] * 3 and grid[1][3] is not None
+    heat, rings = sensitivity_figure(result, plan).data
+    assert list(heat.y) == sites and heat.z[0][2] == pytest.approx(math.log10(0.75**3))
+    assert sorted(zip(rings.y, rings.x, strict=True)) == sorted(
+        (site, column_of(level)) for site, level in plan.items()
+    )
+    picture = write_sensitivity_png(result, tmp_path / "map.png", plan).read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert picture != write_sensitivity_png(result, tmp_path / "none.png", {}).read_bytes()
+
+
+def test_layers_and_methods_of_a_diagnosis_as_rows() -> None:
+    result = sample.diagnosed()
+    assert result.diagnosis is not None
+    assert [row["bits used"] for row in layer_rows(result.diagnosis)] == [None, 7.5]
+    assert list(errors_figure(result.diagnosis).data[0].y) == [0.02, 0.11]
+    whole, without = contribution_rows(result)
+    assert whole["without"] == "nothing" and without["drop (points)"] is None and without["macs"].endswith("%")
+    plain = result.diagnosis.model_copy(update={"layers": result.diagnosis.layers[:1], "right": None, "changed": 0})
+    assert "bits used" not in layer_rows(plain)[0]
+    assert summary(plain) == "Most of 2 compressed models answer 0 of 2000 examples otherwise than the original."
+    assert "score falls most" in summary(plain.model_copy(update={"changed": None}))
 
 
 def test_a_race_in_two_panels(tmp_path: Path) -> None:

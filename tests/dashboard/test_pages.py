@@ -98,6 +98,22 @@ def test_a_race_on_its_jobs_page(filled: tuple[JobStore, Job]) -> None:
     assert list(table["controller"]) == ["evolution", "random"] and list(table["found after"]) == [120, 90]
 
 
+def test_a_diagnosis_on_its_jobs_page(filled: tuple[JobStore, Job]) -> None:
+    store, _job = filled
+    store.submit("compress", sample.request())
+    claimed = store.claim()
+    assert claimed is not None
+    store.finish(claimed, sample.diagnosed())
+    app = open_page(claimed.id)
+    assert [tab.label for tab in app.tabs] == ["Sensitivity", "Layers", "Methods", "Examples and classes"]
+    assert "answer 2 of 2000 examples otherwise" in texts(app) and len(app.get("plotly_chart")) == 4
+    methods = next(frame.value for frame in app.dataframe if "without" in frame.value)
+    assert list(methods["without"]) == ["nothing", "int8"]
+    examples = next(frame.value for frame in app.dataframe if "agreement" in frame.value)
+    assert list(examples["example"]) == [11, 7] and list(examples["compressed"]) == [5, 5]
+    assert "Diagnosis" not in texts(open_page(_job.id))
+
+
 def test_another_plan_rung_and_axes(filled: tuple[JobStore, Job]) -> None:
     _store, job = filled
     result = sample.result()
