@@ -6,10 +6,10 @@ plan's levels are trained as they will be exported. On top of that a recipe may 
 * ``scales``: the steps of grids (LSQ, Esser et al. 2020) and the entries of tables (differentiable quantization, Polino et al.
   2018): ``w' = s round(clip(w / s, -top, top))``, so ``dw'/ds`` is ``round(w / s) - w / s`` inside and ``+-top`` outside.
   Exported as any grid;
-* ``bits``: ``w' = 2^e round(clip(2^-e w, -top, top))``, ``top = 2^(b-1) - 1``, with ``b`` and ``e`` of every scale learned, and
-  ``price * bits / weights`` in the loss (Self-compressing neural networks, Cséfalvay & Imber 2023). ``b`` starts at the level's
-  bits and never exceeds them, so the file is right and as large as the level's: fewer bits are simulated, but for what packing
-  gains;
+* ``bits``: ``w' = s round(clip(w / s, -top, top))``, ``top = 2^(b-1) - 1``, with ``b`` and ``r = s top`` of every scale
+  learned, and ``price * bits / weights`` in the loss (Self-compressing neural networks, Cséfalvay & Imber 2023). ``b`` starts
+  at the level's bits and never exceeds them, so the file is right and as large as the level's: fewer bits are simulated, but
+  for what packing gains;
 * ``clusters``: tables whose weights belong to all entries, ``A = softmax(-|w - c| / tau)``, ``c = A^T w / A^T 1``, ``w' = A c``
   (DKM, Cho et al. 2022). A is not kept for the backward pass but made again (eDKM, Cho et al. 2023, shares it between equal
   16-bit weights, of which a table a row has not enough). In the end each weight takes its nearest entry. Simulated, as tables
@@ -56,16 +56,20 @@ class LearnedGrid(WeightFakeQuant):
 
 
 class LearnedBits(WeightFakeQuant):
-    """A grid whose bits and exponents are trained.  ``width``, ``exponent``: # (out,) or (out, blocks, *kernel)"""
+    """A grid whose bits and range are trained.  ``width``, ``reach`` (log2 of the range): # (out,) or (out, blocks, *kernel)
+
+    Published with an exponent ``e = log2 s`` in the range's place; there a bit less also halves the range, so a price on bits
+    fights the clipping of the largest weights and hardly moves.
+    """
 
     def __init__(self, fixed: WeightFakeQuant, weight: Tensor) -> None:
         super().__init__(fixed.bits, fixed.group, fixed.activations)
         start = weight_scale(weight, fixed.bits, fixed.group) if fixed.scale is None else fixed.scale
-        self.exponent = nn.Parameter(start.log2())
+        self.reach = nn.Parameter((start * (2 ** (fixed.bits - 1) - 1)).log2())
         self.width = nn.Parameter(torch.full_like(start, float(fixed.bits)))
 
     def forward(self, weight: Tensor) -> Tensor:
-        scale = spread(torch.exp2(self.exponent), weight.shape, self.group)
+        scale = spread(self._scale(), weight.shape, self.group)
         return _on_grid(weight, scale, spread(self._top(), weight.shape, self.group))
 
     def bits_of(self, weight: Tensor) -> Tensor:
@@ -73,7 +77,7 @@ class LearnedBits(WeightFakeQuant):
         return spread(self.width.clamp(0, self.bits), weight.shape, self.group).expand(weight.shape).sum()
 
     def pack(self, weight: Tensor, factor: Tensor) -> PackedWeight:
-        scale = torch.exp2(self.exponent.detach())
+        scale = self._scale().detach()
         scale = _positive(scale * factor.abs().reshape(-1, *[1] * (scale.ndim - 1)))
         top = spread(self._top().detach(), weight.shape, self.group)
         ratio = weight.detach().float() / spread(scale, weight.shape, self.group)
@@ -82,8 +86,12 @@ class LearnedBits(WeightFakeQuant):
 
     def settled(self, weight: Tensor) -> tuple[WeightFakeQuant, Tensor]:
         """The level's grid at the learned scales, and the weight on the integers that were learned."""
-        scale = torch.exp2(self.exponent.detach())
+        scale = self._scale().detach()
         return WeightFakeQuant(self.bits, self.group, self.activations, scale), self(weight).detach()
+
+    def _scale(self) -> Tensor:
+        """A step; below half a step either way everything rounds to zero."""
+        return torch.exp2(self.reach) / self._top().clamp_min(0.5)
 
     def _top(self) -> Tensor:
         return (torch.exp2(self.width.clamp(0, self.bits) - 1) - 1).clamp_min(0)

@@ -139,7 +139,7 @@ def test_what_is_judged_while_bits_are_learned_is_what_is_left(database: LevelDa
     learn(live, Recipe(bits=0.1))
     for step, _ in learned(live):
         step.width.data.uniform_(0.0, 4.0)
-        step.exponent.data.add_(0.2)
+        step.reach.data.add_(0.2)
     during = packed(deploy(live))
     settle(live)
     after = packed(deploy(live))
