@@ -142,33 +142,28 @@ class Teacher:
     def judge(self, outputs: Iterable[Tensor], first: int = 0) -> Judgement:
         """Loss, mean score, and the original's on the same examples; ``outputs``: the split's batches from the ``first`` on."""
         scores: list[Tensor] = []
-        losses: list[Tensor] = []
-        kept: list[Tensor] = []
+        told: list[Tensor] = []
         for i, batch in enumerate(outputs, first):
             scores.append(self._scores(i, batch))
-            if self.task.fitness == "kl":
-                losses.append(self._soft[i].kl(logits(self.task, batch)))
-            else:
-                kept.append(batch)
-        found = torch.cat(scores)
+            told.append(self._soft[i].kl(logits(self.task, batch)) if self.task.fitness == "kl" else batch)
+        found, said = torch.cat(scores), torch.cat(told)
         start = first * self.task.batch_size
-        span = range(start, start + len(found))
-        loss = self._mean(losses, kept, span, span)
-        n = slice_of(self.task)
-        slices = [range(a, min(a + n, span.stop)) for a in range(start, start + max(len(span) // n, 1) * n, n)]
-        each = tuple(self._mean(losses, kept, span, part) for part in slices)
-        original = self.scores[span.start : span.stop]
-        return Judgement(loss, float(found.double().mean()), float(original.double().mean()), each)
-
-    def _mean(self, losses: list[Tensor], kept: list[Tensor], span: range, part: range) -> float:
-        """The loss on a part of the examples in ``span``, of which there are divergences or outputs."""
-        rows = slice(part.start - span.start, part.stop - span.start)
+        n, size = len(found), slice_of(self.task)
         if self.task.fitness == "kl":
-            return float(torch.cat(losses)[rows].mean())
-        first = span.start // self.task.batch_size
-        reference = torch.cat(self._outputs[first : first + len(kept)])
-        targets = self.split.targets[part.start : part.stop]
-        return fitness(self.task, torch.cat(kept)[rows], reference[rows], targets)
+
+            def loss(a: int, b: int) -> float:
+                return float(said[a:b].mean())
+
+        else:
+            reference = torch.cat(self._outputs[first : first + len(told)])
+            targets = self.split.targets[start : start + n]
+
+            def loss(a: int, b: int) -> float:
+                return fitness(self.task, said[a:b], reference[a:b], targets[a:b])
+
+        slices = tuple(loss(a, a + size) for a in range(0, max(n // size, 1) * size, size))
+        original = self.scores[start : start + n]
+        return Judgement(loss(0, n), float(found.double().mean()), float(original.double().mean()), slices)
 
     def loss(self, i: int, outputs: Tensor) -> Tensor:
         """The loss on batch ``i`` alone, with a gradient; a mean over its examples.  # ()"""

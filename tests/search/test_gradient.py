@@ -101,7 +101,7 @@ def test_the_slope_of_a_toy_is_its_difference() -> None:
     tables = CostTables(LARGE, costs, [0])
     p = distribution(tables)
     plan = best_levels(p, tables.offsets)
-    (answer,) = answered(evaluator, [SoftQuery(plan, "slice", None, tuple(p.tolist()))])
+    (answer,) = answered(evaluator, [SoftQuery(plan, "slice", probabilities=tuple(p.tolist()))])
     assert isinstance(answer, SoftEvaluation) and not answer.feasible
     step = np.random.default_rng(0).normal(size=p.shape) * 1e-5
     ahead, behind = (evaluator.loss_and_grad(p + sign * step)[0] for sign in (1, -1))
