@@ -110,7 +110,7 @@ class LearnedTable(WeightLookup):
     def forward(self, weight: Tensor) -> Tensor:
         table = (self.table * self.damping + (self.table * (1 - self.damping)).detach()).sort(dim=1).values
         entry = nearest(table, weight.detach().flatten(1).float()).reshape(weight.shape)
-        return torch.where(self.outliers, weight, entry + weight - weight.detach())
+        return torch.where(self.outliers.reshape(weight.shape), weight, entry + weight - weight.detach())
 
     def settled(self, weight: Tensor) -> tuple[WeightLookup, Tensor]:
         return WeightLookup(_halves(self.table.detach()).sort(dim=1).values, self.outliers), weight
@@ -132,13 +132,13 @@ class SoftTable(WeightLookup):
                 "tuple[Tensor, Tensor]", checkpoint(self._soft, rows, self.table.clone(), use_reentrant=False)
             )
             self.table = table.detach()
-        return torch.where(self.outliers, weight, made.reshape(weight.shape))
+        return torch.where(self.outliers.reshape(weight.shape), weight, made.reshape(weight.shape))
 
     def _soft(self, rows: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """Rows as means of their entries, and the entries as means of their rows.  # (rows, n), (rows, k)"""
         gaps = (table[:, -1:] - table[:, :1]) / (table.shape[1] - 1)
         share = self._shares(rows, table, gaps)  # (rows, n, k)
-        share = share * ~self.outliers.flatten(1)[:, :, None]
+        share = share * ~self.outliers[:, :, None]
         mass = share.sum(1)
         table = torch.where(mass > SMALLEST, (share * rows[:, :, None]).sum(1) / mass.clamp_min(SMALLEST), table)
         made = (self._shares(rows, table, gaps) * table[:, None]).sum(2)
@@ -239,7 +239,7 @@ def _positive(scale: Tensor) -> Tensor:
 def _stored(form: WeightLookup, weight: Tensor) -> Tensor:
     """The entries of a weight's table, and outliers as 16-bit floats times a factor a row."""
     rows = weight.flatten(1).float()
-    return torch.where(form.outliers.flatten(1), _halves(rows), nearest(form.table, rows)).reshape(weight.shape)
+    return torch.where(form.outliers, _halves(rows), nearest(form.table, rows)).reshape(weight.shape)
 
 
 def _halves(rows: Tensor) -> Tensor:
