@@ -23,6 +23,7 @@ from autocompress.deploy import deploy
 from autocompress.errors import Cancelled, TaskError
 from autocompress.fitness import fitness, forward, logits
 from autocompress.tasks import Task
+from autocompress.tasks.augment import images_first
 
 MAX_RATE, MIN_RATE = 0.02, 1e-6
 RATE_SHARE, RATE_BATCHES = 0.25, 4
@@ -81,6 +82,7 @@ def recover(
         inputs, targets = task.prepare(train.inputs[index]), train.targets[index]
         if task.augment is not None:
             inputs = task.augment(inputs, generator)
+        inputs = images_first(inputs)
         return _loss(task, model(inputs), original, inputs, targets, settings)
 
     rate = settings.learning_rate or polyak_rate(batch_loss, parameters)

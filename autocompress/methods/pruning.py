@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from autocompress.graph import Graph, Group
 from autocompress.results import Importance
+from autocompress.tasks.augment import images_first
 from autocompress.types import Level, MethodConfig
 
 Scores = npt.NDArray[np.float64]
@@ -105,7 +106,9 @@ def taylor_importance(
         with torch.enable_grad():
             for inputs, targets in batches:
                 saved.clear()
-                inputs = inputs.clone().requires_grad_(inputs.is_floating_point())  # token ids have no gradient
+                inputs = (
+                    images_first(inputs).clone().requires_grad_(inputs.is_floating_point())
+                )  # token ids have no gradient
                 value = loss(model(inputs), targets)  # type: ignore[operator]
                 (value * len(inputs)).backward()
                 for name, x in saved.items():
