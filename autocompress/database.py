@@ -44,6 +44,7 @@ from autocompress.methods.ranges import RangeObserver, freeze_ranges
 from autocompress.prefix import ByteCache
 from autocompress.results import Importance
 from autocompress.tasks import Task
+from autocompress.tasks.augment import images_first
 from autocompress.types import MethodConfig, Plan, SearchSpace, digest
 
 VERSION = 4
@@ -177,7 +178,8 @@ class LevelDatabase:
         if self.importance == "obs":
             return {group.name: obs_order(self.graph, group, self.folded, self.gram) for group in groups}
         if self.importance in GRADIENT_SCORES:
-            batches = self.task.batches(self.task.calibration.take(TAYLOR_IMAGES), self.batch_size)
+            found = self.task.batches(self.task.calibration.take(TAYLOR_IMAGES), self.batch_size)
+            batches = ((images_first(inputs), targets) for inputs, targets in found)
             scores = GRADIENT_SCORES[self.importance](self.graph, groups, batches, self.task.loss) if groups else {}
         elif self.importance == "random":
             scores = {group.name: random_importance(self.graph, group, self.seed) for group in groups}

@@ -27,6 +27,7 @@ from autocompress.pairing import Hint, Pairing, tapped, with_originals
 from autocompress.recipe import Recipe
 from autocompress.schedule import Schedule
 from autocompress.tasks import Task
+from autocompress.tasks.augment import images_first
 from autocompress.trained import bits_in, learn, learned, mean_bits, settle
 
 MAX_RATE, MIN_RATE = 0.02, 1e-6
@@ -215,7 +216,9 @@ class _Training:
         assert train is not None
         index = torch.randint(len(train), (self.settings.batch_size,), generator=self.generator)
         inputs, targets = self.task.prepare(train.inputs[index]), train.targets[index]
-        return (inputs if self.task.augment is None else self.task.augment(inputs, self.generator)), targets
+        if self.task.augment is not None:
+            inputs = self.task.augment(inputs, self.generator)
+        return images_first(inputs), targets
 
     def _gradients(self, batch: Batch) -> list[Gradients]:
         """Of the whole loss, or of what the original teaches and of the labels' apart; summed over the parts of a batch."""

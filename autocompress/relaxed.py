@@ -9,9 +9,6 @@ that is the plan itself. The idea is DiffRate's (Chen et al. 2023), where what i
 Where it is an approximation: low-rank factors are those for the outputs that the most likely plan keeps, activations are
 rounded with straight-through gradients on ranges of the dense model, and values between two int8 factors and biases are not
 rounded.
-
-Tensors lie contiguous here, not channels-last: the gradient of a strided 1 x 1 convolution over channels-last inputs corrupts
-memory in the CPU build of torch 2.13.
 """
 
 from __future__ import annotations
@@ -33,6 +30,7 @@ from autocompress.methods import StaticInt8
 from autocompress.methods.factored import composed
 from autocompress.methods.quantization import ActivationQuant
 from autocompress.prefix import ByteCache
+from autocompress.tasks.augment import images_first
 from autocompress.types import MethodConfig, Plan, best_levels
 
 CACHE_BYTES = 512 * 2**20
@@ -85,7 +83,7 @@ class Relaxed:
             leaf.requires_grad_(True)
         walk, total = _Walk(self, weights, gates, shares, self.grids()), 0.0
         for inputs, loss_of in batches:
-            loss = loss_of(walk.run(inputs.contiguous()))
+            loss = loss_of(walk.run(images_first(inputs)))
             torch.autograd.backward(loss, inputs=leaves)
             total += float(loss.detach())
         gradient = np.zeros(len(probabilities))
@@ -205,7 +203,7 @@ class Relaxed:
             walk.ranges = dict.fromkeys(self.rounding, (0.0, 0.0))
             with torch.no_grad():
                 for inputs in self.database.range_batches() if self.rounding else ():
-                    walk.run(inputs.contiguous())
+                    walk.run(images_first(inputs))
             self._grids = {node: ActivationQuant(*walk.ranges[node]) for node in self.rounding}
         return self._grids
 

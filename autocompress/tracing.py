@@ -37,6 +37,7 @@ def normalized(model: nn.Module) -> fx.GraphModule:
     module.recompile()
     for parameter in module.parameters():
         parameter.requires_grad_(False)
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)  # see tasks.augment.images_first
     return module
 
 

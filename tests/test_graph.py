@@ -247,6 +247,13 @@ class _SharedNorm(nn.Module):
         return self.norm(self.b(torch.relu(self.norm(self.a(x))))).mean((2, 3))
 
 
+def test_weights_lie_by_rows_whatever_the_model_has() -> None:
+    task = networks.task("resnet-b", n=8)
+    task.model.to(memory_format=torch.channels_last)
+    module = trace(task.model, task.example_inputs).module
+    assert all(p.stride() == torch.empty(p.shape).stride() for p in module.parameters())
+
+
 def test_bad_models_are_refused_in_a_sentence() -> None:
     with pytest.raises(UnsupportedModel, match="cannot be traced.*move such branches"):
         trace(_Branches(), networks.images(1))

@@ -41,7 +41,6 @@ from autocompress.methods.lowrank import factors
 from autocompress.methods.mpo import full_bonds, near_equal, train_weights
 from autocompress.methods.tucker import tucker2
 from autocompress.recover import Recovery, recover
-from autocompress.results import ALL_FAMILIES
 from autocompress.space import make_space, saves
 from autocompress.types import Kernel, Plan
 from tests import networks
@@ -50,6 +49,8 @@ from tests.test_methods import MethodContract, correlated, gram_of, kernel_of, l
 
 CONVOLUTIONS = [name for name in layers() if name != "linear"]
 WIDE = [name for name in CONVOLUTIONS if name != "pointwise"]
+
+FORMS = ("lord", "cur", "tucker", "grouped", "mpo")
 
 
 def made(config: Factored, layer: nn.Module, gram: Tensor | None) -> nn.Module:
@@ -360,7 +361,7 @@ def test_a_level_is_offered_only_where_it_saves_weights_or_multiplications() -> 
     for name in ("resnet-b", "mobilenet", "tokens"):
         task = networks.task(name, n=8)
         graph = trace(task.model, task.example_inputs)
-        space = make_space(graph, ALL_FAMILIES)
+        space = make_space(graph, ("channels", "lowrank", *FORMS))
         costs = CostModel(graph, space, {})
         dense = costs.in_units(space.dense)
         for site, own in enumerate(space.levels):
@@ -371,9 +372,6 @@ def test_a_level_is_offered_only_where_it_saves_weights_or_multiplications() -> 
 
 
 # ---------------------------------------------------------------- in plans
-
-
-FORMS = ("lord", "cur", "tucker", "grouped", "mpo")
 
 
 @pytest.fixture(scope="module", params=["resnet-b", "tokens", "mobilenet"])

@@ -34,7 +34,7 @@ from autocompress.methods.coding import pack
 from autocompress.results import JobResult, Progress, Request
 from autocompress.tasks import Task
 from autocompress.tasks.base import Split
-from autocompress.types import Evaluation
+from autocompress.types import Evaluation, Fidelity, Plan
 from autocompress.verify import BudgetCheck
 from tests import networks
 
@@ -138,7 +138,7 @@ def test_the_certificate_holds_what_it_must(digits: tuple[Path, JobResult, list[
 def test_progress_goes_through_the_stages(digits: tuple[Path, JobResult, list[Progress]]) -> None:
     _, _, ticks = digits
     order = list(dict.fromkeys(tick.stage for tick in ticks))
-    assert order[:4] == ["task", "graph", "database", "export"] and order[-1] == "verify"
+    assert order[:4] == ["task", "graph", "database", "export"] and order[-2:] == ["verify", "diagnose"]
     for tick in ticks:
         assert tick.total is None or 0 <= tick.done <= tick.total
 
@@ -192,14 +192,18 @@ def test_killed_anywhere_it_ends_as_if_it_had_not_been(tmp_path: Path, monkeypat
         assert in_a_child(request, out, stage, after) == -signal.SIGKILL
         assert not (out / "result.json").exists()
     measured: list[str] = []
+    stages: list[str] = []
     original = Measurer.__call__
-    monkeypatch.setattr(
-        Measurer,
-        "__call__",
-        lambda self, plan, rung, *more: (measured.append(rung), original(self, plan, rung, *more))[1],
-    )
-    got = api.run(request, out, task=networks.task("resnet-b")).result
+
+    def counted(self: Measurer, plan: Plan, rung: Fidelity, *more: int) -> Any:
+        if stages[-1] != "diagnose":  # which judges plans that no search asked for
+            measured.append(rung)
+        return original(self, plan, rung, *more)
+
+    monkeypatch.setattr(Measurer, "__call__", counted)
+    got = api.run(request, out, task=networks.task("resnet-b"), progress=lambda tick: stages.append(tick.stage)).result
     assert points(got) == points(want) and got.best == want.best and got.evaluations == want.evaluations
+    assert got.diagnosis == want.diagnosis
     assert "full" not in measured and "refitted" not in measured, "what was judged before the kills is kept"
 
 

@@ -111,6 +111,19 @@ def test_a_few_steps_are_possible(database: LevelDatabase, steps: int) -> None:
     assert seen[-1] == (steps, steps)
 
 
+def test_images_lie_by_rows_while_it_trains(database: LevelDatabase) -> None:
+    """Channels-last, the gradient of a strided 1 x 1 convolution corrupts memory in torch 2.13."""
+    seen: list[torch.Tensor] = []
+    task = replace(database.task, augment=lambda x, _: x.contiguous(memory_format=torch.channels_last))
+    live = database.stitch(database.space.dense)
+    for part in live.modules():
+        if isinstance(part, nn.Conv2d):
+            part.register_forward_pre_hook(lambda _, x: seen.append(x[0]) if torch.is_grad_enabled() else None)
+    reference = forward(database.graph.module, task, task.search)
+    recover(live, database.graph.module, task, replace(SHORT, steps=1), reference)
+    assert seen and all(x.stride() == torch.empty(x.shape).stride() for x in seen)
+
+
 def test_without_training_data_and_when_stopped(database: LevelDatabase) -> None:
     live = database.stitch(database.space.dense)
     reference = forward(database.graph.module, database.task, database.task.search)

@@ -345,6 +345,11 @@ def test_random_crop_without_padding_changes_nothing() -> None:
     assert torch.equal(random_crop(images, 0, torch.Generator()), images)
 
 
+def test_images_of_one_channel_lie_by_rows() -> None:
+    """They count as contiguous and as channels-last, and convolutions follow their strides."""
+    assert random_crop(torch.randn(3, 1, 5, 7), 1, torch.Generator()).stride() == (35, 35, 7, 1)
+
+
 def test_single_thread_restores_the_number() -> None:
     before = torch.get_num_threads()
     try:
