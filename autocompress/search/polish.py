@@ -62,10 +62,11 @@ class Polish(Evolution):
 
     def _prior(self) -> FloatArray:
         """One-site losses that the search measured, scaled to what is left of a loss after refit."""
-        zero = self._zero()
-        for (rung, plan), evaluation in list(self.seen.items()):
-            if rung == "slice" and sum(level > 0 for level in plan) == 1:
-                self.one_site.record(plan, fitness(evaluation) - zero)
+        slices = [e for e in self.known if e.fidelity == "slice"]
+        dense = {e.part: fitness(e) for e in slices if not any(e.plan) and np.isfinite(fitness(e))}  # on each slice
+        for e in slices:
+            if sum(level > 0 for level in e.plan) == 1:
+                self.one_site.record(e.plan, fitness(e) - dense.get(e.part, self._zero()))
         ratios = [
             fitness(e) / fitness(self.seen["full", plan])
             for (rung, plan), e in self.seen.items()

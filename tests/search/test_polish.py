@@ -1,0 +1,22 @@
+"""Polish: what it takes over from the search before it."""
+
+from __future__ import annotations
+
+import pytest
+
+from autocompress.search.polish import Polish
+from autocompress.types import Budget, Evaluation, Plan
+from tests.search import toys
+
+
+def test_one_site_losses_count_from_the_original_on_their_own_slice() -> None:
+    space, costs = toys.space_of(2, 2), toys.separable((2, 2))
+
+    def judged(plan: Plan, loss: float, part: int) -> Evaluation:
+        return Evaluation(plan, "slice", {"loss": loss}, {}, 0.0, part=part)
+
+    known = [judged((0, 0), 1.0, 0), judged((0, 0), 3.0, 1), judged((1, 0), 3.25, 1), judged((0, 1), 1.5, 0)]
+    polish = Polish(space, costs, [Budget("macs", 1.0)], 0, known)
+    polish._prepare()
+    polish._prior()
+    assert polish.one_site.measured == pytest.approx({(0, 1): 0.25, (1, 1): 0.5})
