@@ -279,7 +279,10 @@ def test_worker_stopped_by_ctrl_c(tmp_path: Path) -> None:
         assert "Working on" in worker.stderr.readline()
         time.sleep(0.5)
         worker.send_signal(signal.SIGINT)
-        out, err = worker.communicate(timeout=60)
+        try:
+            out, err = worker.communicate(timeout=60)
+        finally:
+            worker.kill()
     assert worker.returncode == 130
     assert out == ""
     assert err.strip().splitlines() == [
