@@ -273,7 +273,7 @@ class TestGroupedSVD(FactoredContract):
         x = torch.randn(20, 16, 8, 8, generator=generator)
         assert output_error(GroupedSVD(ratio, groups), layer, None, x) < output_error(LowRank(ratio), layer, None, x)
 
-    @pytest.mark.parametrize("ratio", [0.75, 0.5, 0.25])
+    @pytest.mark.parametrize("ratio", [0.5, 0.25])
     def test_slices_are_not_charged_for_their_number(self, ratio: float) -> None:
         """With the bound's root a layer is cut less, and errs more."""
         generator = torch.Generator().manual_seed(0)
