@@ -275,7 +275,7 @@ class TestGroupedSVD(FactoredContract):
 
     @pytest.mark.parametrize("ratio", [0.5, 0.25])
     def test_slices_are_not_charged_for_their_number(self, ratio: float) -> None:
-        """With the bound's root a layer is cut less, and errs more. (Not so of random weights at 75 %, where the rule cuts too much.)"""
+        """With the bound's root a layer is cut less, and errs more; of random weights at 75 % the rule cuts too much."""
         generator = torch.Generator().manual_seed(0)
         layer = nn.Conv2d(32, 32, 3, padding=1)
         layer.weight = nn.Parameter(torch.randn(32, 32, 3, 3, generator=generator))
