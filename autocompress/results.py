@@ -33,6 +33,7 @@ RESEARCH_FAMILIES = (
     "w2-nearest",
     "sparse",
     "sparse-obc",
+    "sparse-chita",
     "sparse-magnitude",
     "lut",
     "spqr",
