@@ -34,6 +34,7 @@ RESEARCH_FAMILIES = (
     "sparse",
     "sparse-obc",
     "sparse-chita",
+    "sparse-fisher",
     "sparse-magnitude",
     "lut",
     "spqr",

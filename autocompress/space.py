@@ -73,6 +73,7 @@ SPARSE_BY: dict[str, By] = {
     "sparse-obc": "obc",
     "sparse-magnitude": "magnitude",
     "sparse-chita": "chita",
+    "sparse-fisher": "fisher",
 }
 RATE_STEPS = (15, 7, 3)
 """Integers either way that weights have before they are packed: about 4.3, 3.2 and 2 bits each."""

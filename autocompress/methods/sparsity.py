@@ -8,7 +8,9 @@ layer runs as a dense one.
   ``-(w_p / [H^-1]_pp) H^-1_{:,p}``, and ``H^-1`` loses p; how many go from each row is decided over the whole layer by these
   losses (Frantar et al. 2022). It costs ``rows * n^3``: larger layers than :data:`OBC_WORK` get ``sparsegpt``;
 * ``chita``: which weights live is searched for the layer as a whole by hard thresholding, and those that do are solved for
-  exactly (Benbaki et al. 2023, ``chita.py``); larger layers than :data:`CHITA_WORK` get ``sparsegpt``.
+  exactly (Benbaki et al. 2023, ``chita.py``); larger layers than :data:`CHITA_WORK` get ``sparsegpt``;
+* ``fisher``: by what the task's loss feels, from gradients of examples (oBERT, Kurtic et al. 2022, ``fisher.py``); without
+  gradients (factors of a layer) ``sparsegpt``.
 
 Losses of different output channels compare behind the folded norm: handlers get folded weights. A layer without a Gram matrix
 (depthwise, very wide) is pruned by magnitude. N:M counts among M consecutive input channels at one kernel position.
@@ -27,6 +29,7 @@ from torch.nn.utils import parametrize
 
 from autocompress.methods.base import LayerContext, WeightForm, handles, set_weight
 from autocompress.methods.chita import chita
+from autocompress.methods.fisher import BlockFisher
 from autocompress.methods.hessian import BLOCK, Hessian, back_solve, by_position, parts_of, sweep
 from autocompress.types import Kernel, MethodConfig, Storage
 
@@ -40,7 +43,7 @@ half as much at 90 % as with one mask for all)."""
 ROW_BYTES = 32 * 2**20
 """Inverses of so many bytes are updated together."""
 
-By = Literal["sparsegpt", "obc", "chita", "magnitude"]
+By = Literal["sparsegpt", "obc", "chita", "fisher", "magnitude"]
 
 
 @dataclass(frozen=True)
@@ -106,34 +109,49 @@ class _SparseHandler:
         for part, gram in list(parts_of(layer, context.gram)):
             hessian = context.hessian(part, gram)
             dense = part.weight.detach().flatten(1).double()  # (rows, n)
-            weight, mask = prune(dense, config, hessian, part.weight[0, 0].numel())
+            fisher = context.fisher if part is layer else None
+            weight, mask = prune(dense, config, hessian, part.weight[0, 0].numel(), fisher)
             set_weight(part, weight, hessian)
             parametrize.register_parametrization(part, "weight", WeightMask(mask.reshape(part.weight.shape)))
         return layer
 
 
-def prune(weight: Tensor, config: Sparse, hessian: Hessian | None, area: int = 1) -> tuple[Tensor, Tensor]:
+def prune(
+    weight: Tensor, config: Sparse, hessian: Hessian | None, area: int = 1, fisher: BlockFisher | None = None
+) -> tuple[Tensor, Tensor]:
     """New weights and which of them live.  # weight (rows, channels * area) -> the same shape twice
 
-    ``hessian`` of the weight's columns; without it the smallest weights go.
+    ``hessian`` of the weight's columns; without it, and without a ``fisher`` that is asked for, the smallest weights go.
     """
     rows, n = weight.shape
+
+    def project(magnitudes: Tensor) -> Tensor:
+        return _largest(magnitudes, config, n // area)
+
     order = by_position(n // area, area) if config.of else torch.arange(n)
-    by = config.by if hessian is not None else "magnitude"
+    by = config.by
+    if by == "fisher" and fisher is not None:
+        found = BlockFisher(fisher.blocks, fisher.columns[order]).prune(weight[:, order], project)
+        return _back(order, *found)
+    if by == "fisher":
+        by = "sparsegpt"
     if by == "obc" and rows * float(n) ** 3 > OBC_WORK:
         by = "sparsegpt"
     if by == "chita" and rows * (config.kept(rows, n // area, area) / rows) ** 3 > CHITA_WORK:
         by = "sparsegpt"
     if hessian is None or by == "magnitude":
-        mask = _largest(weight[:, order].abs(), config, n // area)
+        mask = project(weight[:, order].abs())
         new = weight[:, order] * mask
     elif by == "sparsegpt":
         new, mask = _sparsegpt(weight[:, order], config, hessian.inverse_root(order), n // area)
     elif by == "chita":
-        h = hessian.matrix[order][:, order]
-        new, mask = chita(weight[:, order], h, lambda magnitudes: _largest(magnitudes, config, n // area))
+        new, mask = chita(weight[:, order], hessian.matrix[order][:, order], project)
     else:
         new, mask = _obc(weight[:, order], config, hessian, order, n // area)
+    return _back(order, new, mask)
+
+
+def _back(order: Tensor, new: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     back = torch.argsort(order)
     return new[:, back], mask[:, back]
 
