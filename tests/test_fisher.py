@@ -156,6 +156,16 @@ def test_gradients_that_say_nothing_are_magnitude(kind: str) -> None:
     torch.testing.assert_close(new, w * mask)
 
 
+def test_a_block_that_dwarfs_all_others_may_be_off_by_rounding() -> None:
+    """Of rank 2, with eigenvalues as far below zero as sums in single precision bring them."""
+    g, w = torch.randn(20_000, 1, 8, 2), torch.randn(20_000, 8, dtype=torch.float64)
+    second = g @ g.transpose(2, 3)
+    second[0] = 1e12 * second[0] - 2e6 * float(second[0].diagonal(dim1=1, dim2=2).mean()) * torch.eye(8)
+    assert float(torch.linalg.eigvalsh(second[0].double()).min()) < 0
+    new, mask = damped(second, w).prune(w, largest(80_000))
+    assert torch.isfinite(new).all() and int(mask.sum()) == 80_000
+
+
 def test_factors_have_no_gradients_of_their_own() -> None:
     layer = layers()["linear"]
     gram = gram_of(layer, correlated(layer))

@@ -26,6 +26,8 @@ FISHER_BYTES = 512 * 2**20
 """What the blocks of a model may take: larger models get smaller blocks, at last the diagonal."""
 DAMPING = 0.01
 """Of the mean of the diagonal."""
+ROUNDING = 1e-5
+"""Of the mean of a block's own diagonal: what sums in single precision may be off."""
 NOTHING = 1e-20
 TOGETHER = 32
 """Gradients that are multiplied at once."""
@@ -74,9 +76,10 @@ def damped(second: Tensor, weight: Tensor) -> BlockFisher:
     """From second moments of gradients that :func:`block_moments` found.  # (rows, count, b, b), (rows, ...)"""
     n = weight[0].numel()
     finite = torch.where(torch.isfinite(second), second, torch.zeros_like(second))
-    level = float(finite.diagonal(dim1=2, dim2=3).sum(dtype=torch.float64)) / max(1, weight.numel())
-    damping = max(DAMPING * level, NOTHING)
-    return BlockFisher(finite.double() + damping * torch.eye(second.shape[-1], dtype=torch.float64), torch.arange(n))
+    diagonal = finite.diagonal(dim1=2, dim2=3).double()  # (rows, count, b)
+    damping = max(DAMPING * float(diagonal.sum()) / max(1, weight.numel()), NOTHING)
+    ridge = (damping + ROUNDING * diagonal.mean(2))[..., None, None]
+    return BlockFisher(finite.double() + ridge * torch.eye(second.shape[-1], dtype=torch.float64), torch.arange(n))
 
 
 def block_moments(model: nn.Module, names: Iterable[str], batches: Batches, loss: Loss) -> dict[str, Tensor]:
