@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -35,8 +36,9 @@ from autocompress.gram import (
     unfolded_size,
 )
 from autocompress.graph import Graph, Group, Keep, Layer, aliases, make_layer, rebuild, slice_channelwise, slice_layer
-from autocompress.methods import CalibratedInt8, ChannelPruning, Factored, LayerContext, StaticInt8, handler_of
+from autocompress.methods import CalibratedInt8, ChannelPruning, Factored, LayerContext, Sparse, StaticInt8, handler_of
 from autocompress.methods.datafree import UDFC, compensated, moments_of
+from autocompress.methods.fisher import block_moments, damped
 from autocompress.methods.importance import GRADIENT_SCORES, WEIGHT_SCORES, random_importance
 from autocompress.methods.pruning import obs_order
 from autocompress.methods.quantization import Ranges
@@ -52,6 +54,7 @@ GRAM_IMAGES = 1024
 ROWS_PER_INPUT = 40
 """Rows of statistics per unfolded input: enough for a stable solve, few enough for two cores."""
 TAYLOR_IMAGES = 512
+FISHER_IMAGES = 1024
 RANGE_IMAGES = 64
 CHUNK_LAYERS = 12
 BATCH = 64
@@ -76,11 +79,13 @@ class LevelDatabase:
         self.importance: Importance = pruning[0].importance if pruning else "obs"
         self.ranges: Ranges = next((step.ranges for step in steps if isinstance(step, CalibratedInt8)), "minmax")
         self.data_free = any(isinstance(step, UDFC) for step in pruning)
+        self.by_gradients = any(_by_gradients(step) for step in steps)
         settings = [VERSION, task.hash, GRAM_IMAGES, ROWS_PER_INPUT, TAYLOR_IMAGES, seed]
         self.folder = root / digest(settings)
-        self.key = digest([settings, self.importance, *["data-free"] * self.data_free])
+        self.key = digest([settings, self.importance, *["data-free"] * self.data_free, *["fisher"] * self.by_gradients])
         self.batch_size = min(BATCH, task.batch_size)
         self._grams: dict[str, Tensor] = {}
+        self._fisher: dict[str, Tensor] = {}
         self._orders: dict[str, npt.NDArray[np.int64]] = {}
         self._cache: OrderedDict[tuple[object, ...], Weights] = OrderedDict()
         self._cache_bytes = 0
@@ -99,7 +104,7 @@ class LevelDatabase:
         """Make what is not on disk yet; safe to interrupt, continues with the next chunk."""
         layers = [name for name in self.graph.layers if 0 < self._size(name) <= MAX_INPUTS and not self.data_free]
         chunks = [layers[i : i + CHUNK_LAYERS] for i in range(0, len(layers), CHUNK_LAYERS)]
-        total = len(chunks) + 1
+        total = len(chunks) + 1 + self.by_gradients
         for done, names in enumerate(chunks):
             self._checkpoint(progress, cancelled, done, total)
             path = self.folder / f"gram_{done:03d}.safetensors"
@@ -112,6 +117,13 @@ class LevelDatabase:
             orders = {name: torch.from_numpy(order) for name, order in self._measure_orders().items()}
             self._save(path, orders or {"none": torch.zeros(0)})
         self._orders = {name: order.numpy() for name, order in self._load(path).items()}
+        if self.by_gradients:
+            self._checkpoint(progress, cancelled, total - 1, total)
+            path = self.folder / f"fisher_{FISHER_IMAGES}.safetensors"
+            if not path.exists():
+                batches = self._labelled(FISHER_IMAGES)
+                self._save(path, block_moments(self.graph.module, self.graph.layers, batches, self.task.loss))
+            self._fisher = self._load(path)
         if progress:
             progress(total, total)
 
@@ -146,6 +158,11 @@ class LevelDatabase:
         for inputs, _ in self.task.batches(self.task.calibration.take(n), self.batch_size):
             yield inputs
 
+    def _labelled(self, n: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Calibration examples for gradients."""
+        for inputs, targets in self.task.batches(self.task.calibration.take(n), self.batch_size):
+            yield images_first(inputs), targets
+
     def range_batches(self) -> Iterator[Tensor]:
         """Inputs on which quantized activations are calibrated, as plans are judged."""
         return map(images_last, self._batches(RANGE_IMAGES))
@@ -178,8 +195,7 @@ class LevelDatabase:
         if self.importance == "obs":
             return {group.name: obs_order(self.graph, group, self.folded, self.gram) for group in groups}
         if self.importance in GRADIENT_SCORES:
-            found = self.task.batches(self.task.calibration.take(TAYLOR_IMAGES), self.batch_size)
-            batches = ((images_first(inputs), targets) for inputs, targets in found)
+            batches = self._labelled(TAYLOR_IMAGES)
             scores = GRADIENT_SCORES[self.importance](self.graph, groups, batches, self.task.loss) if groups else {}
         elif self.importance == "random":
             scores = {group.name: random_importance(self.graph, group, self.seed) for group in groups}
@@ -284,9 +300,27 @@ class LevelDatabase:
         weight, bias = self.refitted(layer, columns) if pruned or reshaped else self.folded(layer.name)
         like, index = self.graph.module.get_submodule(layer.name), torch.from_numpy(rows)
         biased = pruned or reshaped or layer.norm is not None or like.bias is not None  # as the cost tables have it
-        return self.neutral(
-            layer, weight[index], bias[index] if biased else None, self.context(layer, columns, weight), steps
-        )
+        context = self.with_gradients(self.context(layer, columns, weight), layer, columns, rows, steps)
+        return self.neutral(layer, weight[index], bias[index] if biased else None, context, steps)
+
+    def with_gradients(
+        self,
+        context: LayerContext,
+        layer: Layer,
+        columns: npt.NDArray[np.intp],
+        rows: npt.NDArray[np.intp],
+        steps: Sequence[MethodConfig],
+    ) -> LayerContext:
+        """What is known besides, if a step asks: the loss's curvature in the dense model at a layer's folded weight."""
+        if not any(_by_gradients(step) for step in steps):
+            return context
+        weight, _ = self.folded(layer.name)
+        norm = self.graph.module.get_submodule(layer.norm) if layer.norm else None
+        factor, _ = fold_norm(torch.ones(len(weight), 1), None, norm)
+        area = weight[0, 0].numel()
+        where = torch.arange(weight[0].numel()) if layer.depthwise else columns_of(columns, area)
+        found = damped(self._fisher[layer.name], weight)
+        return replace(context, fisher=found.select(torch.from_numpy(rows), where, factor[:, 0].double()))
 
     def context(self, layer: Layer, columns: npt.NDArray[np.intp], weight: Tensor) -> LayerContext:
         """What methods may know of a layer behind the kept inputs; kept, with what they factorize, for all its levels."""
@@ -390,6 +424,10 @@ class LevelDatabase:
             for inputs in self.range_batches():
                 model(inputs)
         freeze_ranges(model)
+
+
+def _by_gradients(step: MethodConfig) -> bool:
+    return isinstance(step, Sparse) and step.by == "fisher"
 
 
 def apply_steps(module: nn.Module, steps: Sequence[MethodConfig], context: LayerContext) -> nn.Module:

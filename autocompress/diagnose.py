@@ -21,6 +21,7 @@ from autocompress.errors import Cancelled
 from autocompress.evaluate import ModelEvaluator
 from autocompress.fitness import images_last
 from autocompress.methods import METHODS
+from autocompress.methods.pq import pq_index
 from autocompress.methods.quantization import PackedWeight
 from autocompress.models import Models
 from autocompress.pairing import Hint, tapped
@@ -223,6 +224,7 @@ def layer_errors(made: Prepared, models: Models, delivered: Evaluation) -> list[
             width=f"{len(layer.kept_outputs(keep))}/{len(layer.outputs)}",
             error=lost[name] / total[name] if total[name] > 0 else 0.0,
             bits=used_bits(packed[name]) if name in packed else None,
+            pq=pq_index(database.folded(name)[0]),
         )
         for name, layer in graph.layers.items()
         if name in hints

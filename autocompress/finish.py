@@ -122,9 +122,10 @@ class _Refit:
         biased = rows.like.bias is not None or layer.norm is not None or lost  # as the cost tables have it
         moments, solution = self._fit(rows, biased)
         weight, bias = solution[:, :-1].float(), solution[:, -1].float() if biased else None
-        kept = len(layer.kept_outputs(self.keep)), len(layer.kept_inputs(self.keep))
-        shape = (*kept, *self.database.folded(layer.name)[0].shape[2:])
-        made = self.database.neutral(layer, weight.reshape(shape), bias, LayerContext(moments.gram), steps)
+        kept_in, kept_out = layer.kept_inputs(self.keep), layer.kept_outputs(self.keep)
+        shape = (len(kept_out), len(kept_in), *self.database.folded(layer.name)[0].shape[2:])
+        context = self.database.with_gradients(LayerContext(moments.gram), layer, kept_in, kept_out, steps)
+        made = self.database.neutral(layer, weight.reshape(shape), bias, context, steps)
         for name, part in made.items():
             self._install(name, part, layer)
         self._calibrate_inside(layer, source)

@@ -33,6 +33,8 @@ RESEARCH_FAMILIES = (
     "w2-nearest",
     "sparse",
     "sparse-obc",
+    "sparse-chita",
+    "sparse-fisher",
     "sparse-magnitude",
     "lut",
     "spqr",
@@ -230,7 +232,8 @@ class SensitivityRow(_Record):
 class LayerRow(_Record):
     """A layer of the delivered plan: ``|y - y'|^2 / |y|^2`` of its outputs (after norm and ReLU) at the channels that live.
 
-    ``bits``: what its integers need on average, where it has some.
+    ``bits``: what its integers need on average, where it has some. ``pq``: the PQ index of the original's weights with
+    their norm folded, which says how few of them hold most.
     """
 
     name: str
@@ -238,6 +241,7 @@ class LayerRow(_Record):
     width: str
     error: float
     bits: float | None = None
+    pq: float | None = None
 
 
 class ContributionRow(_Record):

@@ -68,7 +68,13 @@ INT8: dict[str, StaticInt8] = {
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 PATTERNS = ((2, 4), (4, 8))
 """So many weights live of so many neighbours."""
-SPARSE_BY: dict[str, By] = {"sparse": "sparsegpt", "sparse-obc": "obc", "sparse-magnitude": "magnitude"}
+SPARSE_BY: dict[str, By] = {
+    "sparse": "sparsegpt",
+    "sparse-obc": "obc",
+    "sparse-magnitude": "magnitude",
+    "sparse-chita": "chita",
+    "sparse-fisher": "fisher",
+}
 RATE_STEPS = (15, 7, 3)
 """Integers either way that weights have before they are packed: about 4.3, 3.2 and 2 bits each."""
 

@@ -30,6 +30,7 @@ from autocompress.diagnose import (
 from autocompress.evaluate import ModelEvaluator
 from autocompress.fitness import forward
 from autocompress.graph import trace
+from autocompress.methods.pq import pq_index
 from autocompress.models import Models
 from autocompress.prepare import Prepared
 from autocompress.results import JobResult, Request
@@ -175,6 +176,7 @@ def test_layers_of_the_dense_plan_have_no_error(database: LevelDatabase, made: P
     rows = layer_errors(made, models(database, tmp_path), judged(database.space.dense))
     assert [row.name for row in rows] == list(database.graph.layers)
     assert all(row.error < 1e-9 and row.bits is None and row.level == "dense" for row in rows)
+    assert [row.pq for row in rows] == [pq_index(database.folded(row.name)[0]) for row in rows]
 
 
 def test_errors_of_layers_by_hand(database: LevelDatabase, made: Prepared, tmp_path: Path) -> None:

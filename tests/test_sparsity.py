@@ -25,12 +25,12 @@ from autocompress.methods.sparsity import By, prune
 from autocompress.onnx_cost import file_costs
 from autocompress.pipeline import compress
 from autocompress.results import Request
-from autocompress.space import make_space
+from autocompress.space import SPARSE_BY, make_space
 from autocompress.types import Budget
 from tests import networks
 from tests.test_methods import MethodContract, correlated, gram_of, layers
 
-BYS: tuple[By, ...] = ("magnitude", "sparsegpt", "obc")
+BYS: tuple[By, ...] = ("magnitude", "sparsegpt", "obc", "chita")
 
 
 def case(layer: nn.Module) -> tuple[Tensor, Hessian, int]:
@@ -283,7 +283,7 @@ def test_budgets_and_families_by_name() -> None:
     graph = trace(task.model, task.example_inputs)
     with pytest.raises(UnknownName, match="sparse-obc"):
         make_space(graph, ("sparse-obd",))
-    kinds = [make_space(graph, (f,)).levels for f in ("sparse", "sparse-obc", "sparse-magnitude")]
+    kinds = [make_space(graph, (f,)).levels for f in SPARSE_BY]
     assert all(
         len(a) == len(b) == 8 and a != b for x, y in itertools.pairwise(kinds) for a, b in zip(x, y, strict=True)
     )

@@ -96,8 +96,11 @@ def class_rows(diagnosis: Diagnosis) -> list[dict[str, Any]]:
 
 
 def layer_rows(diagnosis: Diagnosis) -> list[dict[str, Any]]:
-    """One row a layer, in the model's order; a column of bits only where some layer has integers."""
-    integers = any(row.bits is not None for row in diagnosis.layers)
+    """One row a layer, in the model's order; bits only where some layer has integers, the PQ index unless the job is older."""
+    known, integers = (
+        any(row.pq is not None for row in diagnosis.layers),
+        any(row.bits is not None for row in diagnosis.layers),
+    )
     return [
         {
             "layer": row.name,
@@ -105,6 +108,7 @@ def layer_rows(diagnosis: Diagnosis) -> list[dict[str, Any]]:
             "channels": row.width,
             "error": row.error,
             **({"bits used": row.bits} if integers else {}),
+            **({"pq": row.pq} if known else {}),
         }
         for row in diagnosis.layers
     ]

@@ -184,7 +184,10 @@ def _show_diagnosis(result: JobResult, diagnosis: Diagnosis) -> None:
         )
         st.plotly_chart(sensitivity_figure(result, plan.plan), key="sensitivity", config={"displayModeBar": False})
     with layers:
-        st.caption("How far each layer's outputs are from the original's, all layers before it compressed, too.")
+        st.caption(
+            "How far each layer's outputs are from the original's, all layers before it compressed, too. "
+            "`pq`: how unequal its weights were (0: all alike; near 1: few hold everything)."
+        )
         st.plotly_chart(errors_figure(diagnosis), key="errors", config={"displayModeBar": False})
         st.dataframe(layer_rows(diagnosis), hide_index=True, height=300)
     with methods:

@@ -12,6 +12,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from autocompress.methods.fisher import BlockFisher
 from autocompress.methods.hessian import Hessian, parts_of
 from autocompress.registry import Registry
 from autocompress.types import Kernel, MethodConfig
@@ -19,12 +20,14 @@ from autocompress.types import Kernel, MethodConfig
 
 @dataclass(frozen=True, eq=False)
 class LayerContext:
-    """What a layer method may use: the Gram matrix of the layer's input, if one was calibrated.
+    """What a layer method may use: the Gram matrix of the layer's input, if one was calibrated, and the loss's curvature.
 
     ``gram``: ``X X^T / rows`` over the unfolded inputs with a last row of ones.  # (in * kh * kw + 1, same)
+    ``fisher``: of the layer's weight, for levels that ask for it.
     """
 
     gram: Tensor | None = None
+    fisher: BlockFisher | None = None
     _hessians: dict[bool, Hessian] = field(default_factory=dict)
 
     def hessian(self, part: nn.Module, gram: Tensor | None) -> Hessian | None:

@@ -85,6 +85,19 @@ def cholesky(h: Tensor) -> Tensor:
     return cast(Tensor, factor)
 
 
+def back_solve(weight: Tensor, alive: Tensor, h: Tensor) -> Tensor:
+    """The weights that live at their optimum behind those that do not: ``w_S = (h w)_S h_SS^-1`` in each row, zeros elsewhere.
+
+    # weight (rows, n), alive (rows, n) bool, h (n, n) -> (rows, n)
+    """
+    new = torch.zeros_like(weight)
+    for row, mask in enumerate(alive):
+        live = torch.nonzero(mask).flatten()
+        if len(live):
+            new[row, live] = torch.linalg.solve(h[live][:, live], h[live] @ weight[row])
+    return new
+
+
 def sweep(
     weight: Tensor, root: Tensor, settle: Callable[[int, Tensor], Tensor], edges: Sequence[int] | None = None
 ) -> Tensor:

@@ -144,22 +144,11 @@ def fisher_importance(graph: Graph, groups: Iterable[Group], batches: Batches, l
     names = dict.fromkeys(name for group in groups for name in (*group.producers, *group.consumers))
     weights = {name: cast(Tensor, model.get_submodule(name).weight) for name in names}
     fisher = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
-    needed = {name: weight.requires_grad for name, weight in weights.items()}
     examples = 0
-    try:
-        for weight in weights.values():
-            weight.requires_grad_(True)
-        with torch.enable_grad():
-            for inputs, targets in batches:
-                for x, y in zip(torch.split(inputs, 1), torch.split(targets, 1), strict=True):
-                    found = torch.autograd.grad(loss(model(x), y), list(weights.values()), allow_unused=True)
-                    for name, gradient in zip(weights, found, strict=True):
-                        if gradient is not None:
-                            fisher[name] += gradient.double().square()
-                    examples += 1
-    finally:
-        for name, weight in weights.items():
-            weight.requires_grad_(needed[name])
+    for gradients in example_gradients(model, weights, batches, loss):
+        examples += 1
+        for name, gradient in gradients.items():
+            fisher[name] += gradient.double().square()
     scores = {}
     for group in groups:
         total, position = np.zeros(len(group.classes)), positions_of(graph, group)
@@ -169,6 +158,24 @@ def fisher_importance(graph: Graph, groups: Iterable[Group], batches: Batches, l
                 total += _scatter(ids, sums, position, len(total))
         scores[group.name] = total
     return scores
+
+
+def example_gradients(
+    model: nn.Module, weights: Mapping[str, Tensor], batches: Batches, loss: Loss
+) -> Iterator[dict[str, Tensor]]:
+    """Gradients of the loss of one labelled example after the other; weights that an example does not reach are left out."""
+    needed = {name: weight.requires_grad for name, weight in weights.items()}
+    try:
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        for inputs, targets in batches:
+            for x, y in zip(torch.split(inputs, 1), torch.split(targets, 1), strict=True):
+                with torch.enable_grad():
+                    found = torch.autograd.grad(loss(model(x), y), list(weights.values()), allow_unused=True)
+                yield {name: g for name, g in zip(weights, found, strict=True) if g is not None}
+    finally:
+        for name, weight in weights.items():
+            weight.requires_grad_(needed[name])
 
 
 GRADIENT_SCORES: Mapping[str, Callable[[Graph, Iterable[Group], Batches, Loss], dict[str, Scores]]] = {

@@ -6,7 +6,11 @@ layer runs as a dense one.
   make good what is lost, ``H^-1 = U^T U`` (Frantar & Alistarh 2023);
 * ``obc``: exact Optimal Brain Surgeon, row by row: the weight with the least ``w_p^2 / [H^-1]_pp`` goes, the row's others take
   ``-(w_p / [H^-1]_pp) H^-1_{:,p}``, and ``H^-1`` loses p; how many go from each row is decided over the whole layer by these
-  losses (Frantar et al. 2022). It costs ``rows * n^3``: larger layers than :data:`OBC_WORK` get ``sparsegpt``.
+  losses (Frantar et al. 2022). It costs ``rows * n^3``: larger layers than :data:`OBC_WORK` get ``sparsegpt``;
+* ``chita``: which weights live is searched for the layer as a whole by hard thresholding, and those that do are solved for
+  exactly (Benbaki et al. 2023, ``chita.py``); larger layers than :data:`CHITA_WORK` get ``sparsegpt``;
+* ``fisher``: by what the task's loss feels, from gradients of examples (oBERT, Kurtic et al. 2022, ``fisher.py``); without
+  gradients (factors of a layer) ``sparsegpt``.
 
 Losses of different output channels compare behind the folded norm: handlers get folded weights. A layer without a Gram matrix
 (depthwise, very wide) is pruned by magnitude. N:M counts among M consecutive input channels at one kernel position.
@@ -24,18 +28,22 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from autocompress.methods.base import LayerContext, WeightForm, handles, set_weight
-from autocompress.methods.hessian import BLOCK, Hessian, by_position, parts_of, sweep
+from autocompress.methods.chita import chita
+from autocompress.methods.fisher import BlockFisher
+from autocompress.methods.hessian import BLOCK, Hessian, back_solve, by_position, parts_of, sweep
 from autocompress.types import Kernel, MethodConfig, Storage
 
 OBC_WORK = 4e9
 """Multiplications of one layer's exact removal: some seconds."""
+CHITA_WORK = 1e10
+"""``rows`` times the cube of the weights a row that live: some seconds."""
 MASKED_TOGETHER = 8
 """A mask is chosen for an eighth of the columns at a time, at most 128: later ones have moved by then (small layers lose
 half as much at 90 % as with one mask for all)."""
 ROW_BYTES = 32 * 2**20
 """Inverses of so many bytes are updated together."""
 
-By = Literal["sparsegpt", "obc", "magnitude"]
+By = Literal["sparsegpt", "obc", "chita", "fisher", "magnitude"]
 
 
 @dataclass(frozen=True)
@@ -101,29 +109,49 @@ class _SparseHandler:
         for part, gram in list(parts_of(layer, context.gram)):
             hessian = context.hessian(part, gram)
             dense = part.weight.detach().flatten(1).double()  # (rows, n)
-            weight, mask = prune(dense, config, hessian, part.weight[0, 0].numel())
+            fisher = context.fisher if part is layer else None
+            weight, mask = prune(dense, config, hessian, part.weight[0, 0].numel(), fisher)
             set_weight(part, weight, hessian)
             parametrize.register_parametrization(part, "weight", WeightMask(mask.reshape(part.weight.shape)))
         return layer
 
 
-def prune(weight: Tensor, config: Sparse, hessian: Hessian | None, area: int = 1) -> tuple[Tensor, Tensor]:
+def prune(
+    weight: Tensor, config: Sparse, hessian: Hessian | None, area: int = 1, fisher: BlockFisher | None = None
+) -> tuple[Tensor, Tensor]:
     """New weights and which of them live.  # weight (rows, channels * area) -> the same shape twice
 
-    ``hessian`` of the weight's columns; without it the smallest weights go.
+    ``hessian`` of the weight's columns; without it, and without a ``fisher`` that is asked for, the smallest weights go.
     """
     rows, n = weight.shape
+
+    def project(magnitudes: Tensor) -> Tensor:
+        return _largest(magnitudes, config, n // area)
+
     order = by_position(n // area, area) if config.of else torch.arange(n)
-    by = config.by if hessian is not None else "magnitude"
+    by = config.by
+    if by == "fisher" and fisher is not None:
+        found = BlockFisher(fisher.blocks, fisher.columns[order]).prune(weight[:, order], project)
+        return _back(order, *found)
+    if by == "fisher":
+        by = "sparsegpt"
     if by == "obc" and rows * float(n) ** 3 > OBC_WORK:
         by = "sparsegpt"
+    if by == "chita" and rows * (config.kept(rows, n // area, area) / rows) ** 3 > CHITA_WORK:
+        by = "sparsegpt"
     if hessian is None or by == "magnitude":
-        mask = _largest(weight[:, order].abs(), config, n // area)
+        mask = project(weight[:, order].abs())
         new = weight[:, order] * mask
     elif by == "sparsegpt":
         new, mask = _sparsegpt(weight[:, order], config, hessian.inverse_root(order), n // area)
+    elif by == "chita":
+        new, mask = chita(weight[:, order], hessian.matrix[order][:, order], project)
     else:
         new, mask = _obc(weight[:, order], config, hessian, order, n // area)
+    return _back(order, new, mask)
+
+
+def _back(order: Tensor, new: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     back = torch.argsort(order)
     return new[:, back], mask[:, back]
 
@@ -189,12 +217,7 @@ def _obc(weight: Tensor, config: Sparse, hessian: Hessian, order: Tensor, channe
         gone = torch.zeros(losses.numel(), dtype=torch.bool)
         gone[cheapest[: weight.numel() - config.kept(rows, n)]] = True
         removed.scatter_(1, steps, gone.reshape(losses.shape))
-    new = torch.zeros_like(weight)
-    for row in range(rows):
-        live = torch.nonzero(~removed[row]).flatten()
-        if len(live):  # what is left of removing one after the other: least squares on the weights that live
-            new[row, live] = torch.linalg.solve(h[live][:, live], h[live] @ weight[row])
-    return new, ~removed
+    return back_solve(weight, ~removed, h), ~removed  # what is left of removing one after the other
 
 
 def _removals(weight: Tensor, h: Tensor, starts: list[int], keep: int) -> tuple[Tensor, Tensor]:

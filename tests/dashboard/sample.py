@@ -202,7 +202,7 @@ def diagnosed() -> JobResult:
         ),
         layers=(
             LayerRow(name="layer1.0.conv1", level="dense", width="8/16", error=0.02),
-            LayerRow(name="layer1.0.conv2", level="int8", width="16/16", error=0.11, bits=7.5),
+            LayerRow(name="layer1.0.conv2", level="int8", width="16/16", error=0.11, bits=7.5, pq=0.3),
         ),
         contributions=(
             ContributionRow(without="nothing", sites=0, loss=0.02, accuracy_drop=1.5, costs=costs),

@@ -227,11 +227,12 @@ def test_layers_and_methods_of_a_diagnosis_as_rows() -> None:
     result = sample.diagnosed()
     assert result.diagnosis is not None
     assert [row["bits used"] for row in layer_rows(result.diagnosis)] == [None, 7.5]
+    assert [row["pq"] for row in layer_rows(result.diagnosis)] == [None, 0.3]
     assert list(errors_figure(result.diagnosis).data[0].y) == [0.02, 0.11]
     whole, without = contribution_rows(result)
     assert whole["without"] == "nothing" and without["drop (points)"] is None and without["macs"].endswith("%")
     plain = result.diagnosis.model_copy(update={"layers": result.diagnosis.layers[:1], "right": None, "changed": 0})
-    assert "bits used" not in layer_rows(plain)[0]
+    assert not {"bits used", "pq"} & set(layer_rows(plain)[0])
     assert summary(plain) == "Most of 2 compressed models answer 0 of 2000 examples otherwise than the original."
     assert "score falls most" in summary(plain.model_copy(update={"changed": None}))
 
