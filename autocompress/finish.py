@@ -9,7 +9,7 @@ convolutional networks", section 3.2). The batch norms get the statistics of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from autocompress.methods import Factored, LayerContext
 from autocompress.methods.quantization import ActivationQuant
 from autocompress.methods.ranges import RangeObserver, freeze_ranges
 from autocompress.op_kinds import is_relu, relu_ceiling
-from autocompress.types import Plan
+from autocompress.types import MethodConfig, Plan
 
 FINISH_IMAGES = 1024
 ROWS_PER_INPUT = 90
@@ -49,8 +49,31 @@ def finish(
     return model
 
 
+def carry_over(
+    database: LevelDatabase,
+    plan: Plan,
+    model: fx.GraphModule,
+    towards: fx.GraphModule,
+    before: Plan,
+    steps: Callable[[str], Sequence[MethodConfig]],
+    cancelled: Callable[[], bool] | None = None,
+) -> None:
+    """Refit a plan's live model in its place towards that of a wider plan ``before``, as :func:`finish` does to the original.
+
+    ``steps``: of a layer's name, the methods it has.
+    """
+    with torch.no_grad():
+        refit = _Refit(database, plan, model, FINISH_IMAGES, cancelled)
+        refit.wide, refit.steps = database.keep(before), steps
+        refit.dense = _Lazy(towards, refit.inputs)
+        refit.run()
+
+
 class _Refit:
-    """Runs the dense and the compressed graph side by side, a node at a time, over all calibration inputs at once."""
+    """Runs the dense and the compressed graph side by side, a node at a time, over all calibration inputs at once.
+
+    ``dense`` may be narrower than the original: ``wide`` says what it has.
+    """
 
     def __init__(
         self,
@@ -62,6 +85,8 @@ class _Refit:
     ) -> None:
         self.database, self.plan, self.model, self.cancelled = database, plan, model, cancelled
         self.keep: Keep = database.keep(plan)
+        self.wide: Keep = database.graph.keep_all()
+        self.steps: Callable[[str], Sequence[MethodConfig]] = lambda name: database.layer_steps(plan, name)
         self.inputs = list(database._batches(images))
         self.images = sum(len(batch) for batch in self.inputs)
         self.range_batches = -(-RANGE_IMAGES // database.batch_size)
@@ -109,10 +134,10 @@ class _Refit:
 
     def _refit_layer(self, node: fx.Node, layer: Layer) -> None:
         """Replace one layer's weights by the least-squares fit to what the dense model has at its place."""
-        steps = self.database.layer_steps(self.plan, layer.name)
+        steps, removed = self.steps(layer.name), self.keep != self.wide
         source = node.all_input_nodes[0]
-        new_inputs = self._reads_a_change(node) or not self.keep[layer.inputs].all()
-        if steps or new_inputs or not self.keep[layer.outputs].all():
+        new_inputs = self._reads_a_change(node) or removed[layer.inputs].any()
+        if steps or new_inputs or removed[layer.outputs].any():
             self.changed.add(node)
         gram = self.database.gram(layer.name)
         if gram is None or not (new_inputs or any(isinstance(step, Factored) for step in steps)):
@@ -150,7 +175,7 @@ class _Refit:
 
     def ceiling(self, layer: Layer, total: str | None) -> float | None:
         """Where the ReLU behind a layer, or behind the sum it goes into, ends; ``None`` without one."""
-        module = self.database.graph.module
+        module = self.dense.module
         name = layer.activation
         if total is not None:
             users = list(self.dense.by_name[total].users)
@@ -186,7 +211,9 @@ class _Refit:
         set_submodule(self.model, str(node.target), ActivationQuant(*observer.range()))
 
     def kept_of(self, node: str) -> Tensor:
-        return torch.from_numpy(np.flatnonzero(self.keep[self.database.graph.values[node].ids]))
+        """Where the channels that live are among those of the dense graph's node."""
+        ids = self.database.graph.values[node].ids
+        return torch.from_numpy(np.flatnonzero(self.keep[ids][self.wide[ids]]))
 
     def _install(self, name: str, part: nn.Module, layer: Layer) -> None:
         if isinstance(part, nn.Sequential) and layer in self.database.int8_layers(self.plan):
@@ -215,7 +242,6 @@ class _Rows:
         self.other, total = refit.other_side(layer)
         self.goal = total or layer.node
         self.ceiling = refit.ceiling(layer, total)
-        self.outputs = torch.from_numpy(layer.kept_outputs(refit.keep))
         self.kept = refit.kept_of(self.goal)
         self.where = [
             positions(self.like, refit.dense.value(self.goal, i), per_image, refit.generator)
@@ -249,9 +275,9 @@ class _Rows:
 
     def _normed(self, target: Tensor) -> Tensor:
         """Dense pre-norm outputs -> what the norm makes of them: targets are in folded space."""
-        norm = self.refit.database.graph.module.get_submodule(str(self.layer.norm))
-        factor, shift = fold_norm(torch.ones(len(self.layer.outputs)), None, norm)
-        return target * factor[self.outputs] + shift[self.outputs]
+        norm: Any = self.refit.dense.module.get_submodule(str(self.layer.norm))
+        factor, shift = fold_norm(torch.ones(norm.num_features), None, norm)
+        return target * factor[self.kept] + shift[self.kept]
 
 
 def run_node(model: fx.GraphModule, node: fx.Node, env: dict[fx.Node, list[Any]], i: int, batch: Tensor) -> Any:

@@ -49,12 +49,13 @@ class Unit:
 class Pairing:
     """``hints``: values behind residual blocks, or of every layer where there are none; ``maps``: attention's nodes, their
     ``kept`` being heads; ``units``: what Theseus exchanges; ``sparse``: a layer's name -> its level, and what it
-    and its norm would be without it."""
+    and its norm would be without it; ``of``: what was paired, for recipes that begin from the original."""
 
     hints: tuple[Hint, ...] = ()
     maps: tuple[Hint, ...] = ()
     units: tuple[Unit, ...] = ()
     sparse: Mapping[str, tuple[Sparse, Mapping[str, nn.Module]]] = field(default_factory=dict)
+    of: tuple[LevelDatabase, Plan] | None = None
 
 
 def pair(database: LevelDatabase, plan: Plan) -> Pairing:
@@ -77,7 +78,8 @@ def pair(database: LevelDatabase, plan: Plan) -> Pairing:
         for node in nodes.values()
         if node.target is F.scaled_dot_product_attention and node.name not in gone
     ]
-    return Pairing(tuple(hints), tuple(maps), _units(graph, keep, dropped, stands_for), _sparse(database, plan))
+    units, sparse = _units(graph, keep, dropped, stands_for), _sparse(database, plan)
+    return Pairing(tuple(hints), tuple(maps), units, sparse, (database, plan))
 
 
 def _end(graph: Graph, block: Block) -> str:

@@ -21,6 +21,7 @@ BARE: dict[str, Any] = {
     "bf16": True,
     "patience": 2,
     "gradual": 0.5,
+    "shrink": 4,
     "cram": 0.05,
     "scales": True,
     "bits": 0.02,
@@ -41,7 +42,9 @@ class Recipe:
     ``dot``: how far the momentum of the distillation's gradient is above that of the labels' (Zhao et al. 2023), which it
     needs. ``theseus``: the share of blocks that are the plan's own at the start, the others being the original's; it grows to 1
     in 60 % of the steps (Xu et al. 2020). ``gradual``: the share of the steps in which sparse layers go from dense to their
-    level (Zhu & Gupta 2017). ``cram``: the step of the compression-aware minimizer (Peste et al. 2023).
+    level (Zhu & Gupta 2017). ``shrink``: stages in which widths, ranks and blocks go from the original's to the
+    plan's, with half of the steps between them (NetAdapt, Yang et al. 2018; TrimLLM, Hu et al. 2024; see ``shrink.py``).
+    ``cram``: the step of the compression-aware minimizer (Peste et al. 2023).
 
     ``scales``: steps of grids and entries of tables are trained, too. ``bits``: price of a bit a weight (Self-compressing neural
     networks, Cséfalvay & Imber 2023). ``clusters``: softness of tables that are trained as clusters, in mean
@@ -59,6 +62,7 @@ class Recipe:
     dot: float = 0.0
     theseus: float = 0.0
     gradual: float = 0.0
+    shrink: int = 0
     cram: float = 0.0
     scales: bool = False
     bits: float = 0.0
@@ -83,6 +87,8 @@ class Recipe:
             raise UsageError("'dot' keeps two gradients apart, those of distillation and labels; write 'dot,labels'.")
         if self.dot >= 0.1:
             raise UsageError(f"'dot' adds to a momentum of 0.9, so it is below 0.1, got {self.dot}.")
+        if self.shrink and self.gradual:
+            raise UsageError("'shrink' and 'gradual' both begin from the original, each in its way; leave one out.")
         if self.clusters and self.scales:
             raise UsageError("'clusters' and 'scales' both train tables, got both; leave one out.")
 

@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -23,9 +23,10 @@ from torch.optim.swa_utils import AveragedModel
 from autocompress.deploy import deploy
 from autocompress.errors import Cancelled, TaskError, UsageError
 from autocompress.fitness import fitness, forward, logits
-from autocompress.pairing import Hint, Pairing, tapped, with_originals
+from autocompress.pairing import Hint, Pairing, pair, tapped, with_originals
 from autocompress.recipe import Recipe
 from autocompress.schedule import Schedule
+from autocompress.shrink import Descent
 from autocompress.tasks import Task
 from autocompress.tasks.augment import images_first
 from autocompress.trained import bits_in, learn, learned, mean_bits, settle
@@ -35,6 +36,10 @@ RATE_SHARE, RATE_BATCHES = 0.25, 4
 CLIP = 5.0
 WARM, AVERAGED = 0.15, 0.25
 """Shares of the steps: until the rate is highest, and after which weights are averaged."""
+BETWEEN = 0.5
+"""Share of the steps between a plan's stages."""
+SCORED = 256
+"""Examples on which a plan's blocks are compared: which goes next."""
 BITS_SPAN = 8.0
 """How many bits a price alone takes away in all the steps: Adam's rate for learned bits and ranges, times the steps."""
 CRAM_SPARSITIES = (0.5, 0.7, 0.9)
@@ -88,16 +93,51 @@ def recover(
             f"Task {task.name!r} has no training data, so there is nothing to recover with; give it a train split."
         )
     recipe = settings.recipe
-    if pairing is None and (recipe.features or recipe.attention or recipe.theseus or recipe.gradual):
+    paired = recipe.features or recipe.attention or recipe.theseus or recipe.gradual or recipe.shrink
+    if paired and (pairing is None or (recipe.shrink and pairing.of is None)):
         raise UsageError(
             f"The recovery '{recipe}' needs a pairing of the live model with the original; give pair(...)."
         )
+    pairing = pairing or Pairing()
     with torch.enable_grad():
-        return _Training(live, original, task, settings, reference, pairing or Pairing()).run(progress, cancelled)
+        start, done = _descend(live, original, task, settings, reference, pairing, cancelled)
+        told = None if progress is None else lambda step, _: progress(done + step, settings.steps)
+        last = replace(settings, steps=settings.steps - done)
+        return _Training(live, original, task, last, reference, pairing, start).run(told, cancelled)
+
+
+def _descend(
+    live: fx.GraphModule,
+    original: nn.Module,
+    task: Task,
+    settings: Recovery,
+    reference: Tensor,
+    pairing: Pairing,
+    cancelled: Callable[[], bool] | None,
+) -> tuple[fx.GraphModule, int]:
+    """Where the training of the plan itself begins, and the steps taken to get there: in stages, or at once from ``live``."""
+    recipe, done = settings.recipe, 0
+    if not recipe.shrink or pairing.of is None:
+        return live, done
+    few, known = replace(task, search=task.search.take(SCORED)), reference[:SCORED]
+    each = math.floor(BETWEEN * settings.steps / max(1, recipe.shrink - 1))
+    part = replace(settings, steps=each, checks=1, recipe=replace(recipe, shrink=0))
+    descent = Descent(*pairing.of, recipe.shrink, lambda model: _fitness(deploy(model), few, known), cancelled)
+    for stage in range(1, recipe.shrink):
+        if descent.step() and each:
+            paired = pair(descent.database, descent.plan)
+            seeded = replace(part, seed=settings.seed + stage)
+            training = _Training(descent.model, original, task, seeded, reference, paired)
+            descent.model, done = training.run(None, cancelled), done + each
+    descent.step()
+    return (descent.model if done else live), done
 
 
 class _Training:
-    """One recovery on its way: the model that is trained, what it learns from, and the best checkpoint so far."""
+    """One recovery on its way: the model that is trained, what it learns from, and the best checkpoint so far.
+
+    ``start``: where training begins, if not at ``live``; the better one of the two is the first checkpoint.
+    """
 
     def __init__(
         self,
@@ -107,10 +147,12 @@ class _Training:
         settings: Recovery,
         reference: Tensor,
         pairing: Pairing,
+        start: fx.GraphModule | None = None,
     ) -> None:
         self.task, self.settings, self.recipe, self.reference = task, settings, settings.recipe, reference
         self.original, self.pairing = original.eval(), pairing
-        self.model = copy.deepcopy(live).eval()
+        start = start or live
+        self.model = copy.deepcopy(start).eval()
         learn(self.model, self.recipe)
         steps = settings.steps
         self.schedule = Schedule(self.model, self.recipe, steps, pairing.sparse)
@@ -125,6 +167,8 @@ class _Training:
         self.teacher = self._tap(cast("fx.GraphModule", self.original), theirs=True)
         self.student = self._tap(self.model)
         self.best, self.best_loss = live, self._judge(live)
+        if start is not live and (loss := self._judge(start)) < self.best_loss:
+            self.best, self.best_loss = start, loss
 
     def run(self, progress: Callable[[int, int], None] | None, cancelled: Callable[[], bool] | None) -> fx.GraphModule:
         steps, recipe = self.settings.steps, self.recipe
@@ -312,18 +356,18 @@ class _Training:
     def _judge(self, model: fx.GraphModule) -> float:
         """The fitness on the search split; with a price on bits that, too, and with ``cram`` the fitness when pruned at once."""
         made = deploy(model.eval())
-        value = self._fitness(made)
+        value = _fitness(made, self.task, self.reference)
         if self.recipe.bits:
             value += self.recipe.bits * bits_in(made)
         if self.recipe.cram:
             with compressed(list(model.parameters()), [], 0.0, CRAM_SPARSITIES[1]):
-                value += self._fitness(deploy(model))
+                value += _fitness(deploy(model), self.task, self.reference)
         return value if math.isfinite(value) else math.inf
 
-    def _fitness(self, deployed: fx.GraphModule) -> float:
-        with torch.no_grad():
-            outputs = forward(deployed, self.task, self.task.search)
-            return fitness(self.task, outputs, self.reference, self.task.search.targets)
+
+def _fitness(deployed: fx.GraphModule, task: Task, reference: Tensor) -> float:
+    with torch.no_grad():
+        return fitness(task, forward(deployed, task, task.search), reference, task.search.targets)
 
 
 def polyak_rate(batch_loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) -> float:

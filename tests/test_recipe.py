@@ -146,6 +146,7 @@ def test_the_plain_recipe_is_logits_and_every_word_is_known() -> None:
         ("theseus=2", "a share up to 1"),
         ("labels,labels=2", "twice"),
         ("clusters,scales", "leave one out"),
+        ("shrink,gradual", "leave one out"),
     ],
 )
 def test_what_cannot_be_a_recipe_is_a_sentence(text: str, why: str) -> None:
