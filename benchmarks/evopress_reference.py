@@ -210,7 +210,7 @@ def reference(
         "generations": len(points) - 1,
         "levels_seconds": float((levels / "seconds.txt").read_text()),
         "reported": fitness[-1][1],
-        "path": fitness,
+        "path": fitness[1:],  # the first is infinite: nothing was judged yet
         "configuration": numbers,
     }
     return row, plan_of(setting.database.space, name, numbers)
