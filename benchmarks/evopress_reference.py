@@ -119,7 +119,8 @@ REFERENCES = {
     "reference": Selection(64, (8, 2, 1), (256, 2048, 8192)),
     "reference-fast": Selection(16, (1, 1), (512, 8192)),
 }
-"""As published, tokens scaled to the 8,192 of our search split (ratios 1 : 8 : 32); and its "super-fast" variant, unscaled."""
+"""As published, tokens scaled to the 8,192 of our search split (ratios 1 : 8 : 32); and the paper's "super-fast" variant
+(16 offspring, 512 then 8,192 tokens; one survivor by our reading), unscaled."""
 SEARCHES = ("uniform", *REFERENCES, "evopress", "auto")
 Ladder = dict[int, Level]
 
