@@ -89,11 +89,12 @@ class Setting:
     database: LevelDatabase
     costs: CostModel
     budgets: list[Budget]
+    n_held_out: int = HELD_OUT
 
     @cached_property
     def held_out(self) -> Split:
         """Examples that no search saw."""
-        return self.task.report.take(min(HELD_OUT, len(self.task.report)))
+        return self.task.report.take(min(self.n_held_out, len(self.task.report)))
 
     @cached_property
     def answers(self) -> list[Soft]:
