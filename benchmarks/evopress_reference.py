@@ -27,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import folders, load, save
+from problems import PROBLEMS, Setting, make, one
 
 from autocompress.costs import CostModel
 from autocompress.database import LevelDatabase
@@ -36,7 +37,6 @@ from autocompress.files import cache_dir
 from autocompress.methods import Sparse
 from autocompress.tasks.folders import data_folders
 from autocompress.types import Budget, Level, Plan, Query, SearchSpace, Site
-from search import PROBLEMS, Setting, make, one
 
 PROBLEM = "llama:sparse70"
 SPARSITY = 0.7
@@ -81,6 +81,7 @@ runpy.run_path(script, run_name="__main__")
 """
 """The script on a CPU, one thread, until its time is up; what it would save then is the search point it just printed."""
 
+SECONDS = 90.0
 TITLE = "EvoPress's own code and our searches: same levels, tokens and CPU time"
 COLUMNS = [
     ("ladder", "levels"),
@@ -258,7 +259,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=("steps", "shares"), default=["steps", "shares"])
     parser.add_argument("--searches", nargs="*", choices=SEARCHES, default=SEARCHES)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
-    parser.add_argument("--seconds", type=float, default=90.0)
+    parser.add_argument("--seconds", type=float, default=SECONDS)
     parser.add_argument("--name", default="evopress_reference", help="name of the files with the results")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -273,7 +274,7 @@ def rows(args: argparse.Namespace, places: Places) -> None:
         setting: Setting | None = None
         for seed in args.seeds:
             for search in args.searches:
-                key = f"{name} {search} {seed}"
+                key = f"{name} {search} {seed}" + ("" if args.seconds == SECONDS else f", {args.seconds:g} seconds")
                 if key in load(args.name) or (search == "uniform" and seed != args.seeds[0]):
                     continue
                 setting = setting or ready(name, args.data)

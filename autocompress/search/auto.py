@@ -19,13 +19,15 @@ from autocompress.search.base import CONTROLLERS, Asking, fitness
 from autocompress.search.evolution import Evolution
 from autocompress.search.process import Process
 from autocompress.search.random_ import TINY
-from autocompress.search.tables import all_plans
+from autocompress.search.tables import all_plans, switch
 from autocompress.types import Evaluation, IntArray, Plan, Query
 
 NOISE = 1e-3
 """A gain of this share of a loss is nothing: other images would say otherwise."""
 FORMATS = 8
 """The formats that most layers offer: each makes a start."""
+FILLS = 8
+"""Switches that use up what a candidate leaves of the limits."""
 
 
 @CONTROLLERS.register("auto")
@@ -148,12 +150,28 @@ class Auto(Evolution):
             return [], 0.0
         loss, hope = model.predict(found)
         likely, hoped = ([found[i] for i in np.argsort(values, kind="stable")] for values in (loss, hope))
-        chosen = dict.fromkeys(likely[: self.offspring // 2])
-        for plan in hoped:
-            if len(chosen) < self.offspring:
-                chosen[plan] = None
+        chosen = dict[Plan, None]()
+        for plans, n in ((likely, self.offspring // 2), (hoped, self.offspring)):
+            for plan in plans:
+                if len(chosen) < n:
+                    chosen[self._filled(model, plan, limit)] = None
         best = float(model.predict(starts[:1])[0][0])
         return list(chosen), (best - float(hope.min())) / max(best, 1e-12)
+
+    def _filled(self, model: Process, plan: Plan, limit: IntArray) -> Plan:
+        """The plan, and on top of it the milder switches that the model likes best, for what the limits leave."""
+        filled = plan
+        for _ in range(FILLS if self.pool is None else 0):
+            orders = zip(filled, self.orders, strict=True)
+            milder = [switch(filled, s, o[o.index(v) - 1]) for s, (v, o) in enumerate(orders) if v != o[0]]
+            fresh = self._fresh([self.space.effective(p) for p in milder], limit)
+            if not fresh:
+                break
+            losses = model.predict([filled, *fresh])[0]
+            if losses[1:].min() > losses[0]:
+                break
+            filled = fresh[int(losses[1:].argmin())]
+        return filled
 
     def _best_known(self, model: Process, limit: IntArray) -> list[Plan]:
         """The plans within limits that the model likes best, of all that were judged."""
