@@ -28,6 +28,7 @@ from autocompress.finish import carry_over
 from autocompress.graph import Layer, rebuild, slice_channelwise
 from autocompress.methods import Factored
 from autocompress.methods.factored import composed
+from autocompress.search.tables import switch
 from autocompress.types import MethodConfig, Plan
 
 Index = npt.NDArray[np.intp]
@@ -60,7 +61,7 @@ class Descent:
         drops = [i for i, (s, level) in enumerate(zip(sites, self.goal, strict=True)) if s.kind == "block" and level]
         plan = before
         while sum(plan[i] > 0 for i in drops) < round(share * len(drops)):
-            left = [with_level(plan, i, self.goal[i]) for i in drops if not plan[i]]
+            left = [switch(plan, i, self.goal[i]) for i in drops if not plan[i]]
             plan = left[0] if len(left) == 1 else min(left, key=lambda one: self.loss(self._at(one)))
         plan = tuple(
             round(share * level) if s.kind == "channels" else int(s.kind == "block" and now)
@@ -81,11 +82,6 @@ class Descent:
 
     def _at(self, plan: Plan, steps: Mapping[str, Sequence[MethodConfig]] | None = None) -> fx.GraphModule:
         return narrowed(self.database, self.model, self.plan, plan, steps or {})
-
-
-def with_level(plan: Plan, site: int, level: int) -> Plan:
-    """The plan with another level at one site."""
-    return (*plan[:site], level, *plan[site + 1 :])
 
 
 def steps_at(steps: Iterable[MethodConfig], share: float) -> tuple[MethodConfig, ...]:

@@ -97,10 +97,8 @@ def class_rows(diagnosis: Diagnosis) -> list[dict[str, Any]]:
 
 def layer_rows(diagnosis: Diagnosis) -> list[dict[str, Any]]:
     """One row a layer, in the model's order; bits only where some layer has integers, the PQ index unless the job is older."""
-    known, integers = (
-        any(row.pq is not None for row in diagnosis.layers),
-        any(row.bits is not None for row in diagnosis.layers),
-    )
+    integers = any(row.bits is not None for row in diagnosis.layers)
+    known = any(row.pq is not None for row in diagnosis.layers)
     return [
         {
             "layer": row.name,
