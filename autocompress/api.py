@@ -190,7 +190,8 @@ def compress(
     ``budgets``: upper limits such as ``"latency_ms<=50%@local"``, ``"size_mb<=3"``, ``"accuracy_drop<=1.0"`` (points).
     ``out``: folder for the files (default ``runs/<task>-<hash>``); calling again with the same arguments continues there.
     ``options``: further fields of :class:`~autocompress.Request`: ``methods``, ``importance``, ``profiles``,
-    ``recover_minutes``, ``recovery``, ``batch``, ``threads``, ``workers``, ``warm``, ``warm_from``, ``race``.
+    ``recover_minutes``, ``recovery``, ``batch``, ``threads``, ``device``, ``precision``, ``workers``, ``warm``,
+    ``warm_from``, ``race``.
 
     Raises ``InfeasibleBudget`` or ``BudgetUnmet`` when the budgets cannot be, or are not, met, and the other classes of
     :mod:`autocompress.errors` for what cannot be used as given.

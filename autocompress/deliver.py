@@ -239,6 +239,10 @@ def replay_command(request: Request, out: Path, evaluations: int, race: Sequence
     words += ["--seed", str(request.seed), "--importance", request.importance]
     if count is not None:
         words += ["--evaluations", str(count)]
+    if request.device != "cpu":
+        words += ["--device", request.device]
+    if request.precision != "auto":
+        words += ["--precision", request.precision]
     if request.methods != METHOD_FAMILIES:
         words += ["--methods", ",".join(request.methods)]
     profiles = dict(request.profiles)

@@ -8,6 +8,7 @@ a new budget or device re-ranks old evaluations without running a model.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,16 +23,19 @@ from autocompress.database import LevelDatabase
 from autocompress.deploy import deploy
 from autocompress.errors import UsageError
 from autocompress.finish import finish
-from autocompress.fitness import LAYOUT, Teacher, fitness, forward, images_last, slice_of, weights_last
+from autocompress.fitness import LAYOUT, Teacher, Told, fitness, forward, images_last, slice_of, weights_last
 from autocompress.ledger import NoLedger
 from autocompress.relaxed import FloatArray, Relaxed
 from autocompress.stitched import Stitched
 from autocompress.tasks import Split
 from autocompress.types import FIDELITIES, METRICS, Budget, Evaluation, Fidelity, Ledger, Plan, Query, digest
+from autocompress.where import Where
 
 VALUES = ("loss", "metric", "accuracy_drop")
 FORM = "losses by slice"
 """What an entry of the ledger holds; part of its key."""
+STITCHED: tuple[Fidelity, ...] = ("slice", "full")
+"""Rungs that need no model of their own."""
 SOFT = "soft"
 """What mixtures of levels are counted under."""
 Measured = dict[str, Any]
@@ -43,7 +47,8 @@ class Measurer:
 
     ``build``: ``(plan, rung) -> deployed model``; by default stitched, or finished for ``refitted``, nothing for ``recovered``
     (the pipeline gives one that knows distillation and keeps models on disk). Stitched rungs need no model of their own (see
-    :mod:`~autocompress.stitched`), unless ``plain``; values are the same. ``limit``: bytes of activations to keep.
+    :mod:`~autocompress.stitched`), unless ``plain``; values are the same. ``limit``: bytes of activations to keep. ``where``: the
+    device, and the precision of the stitched rungs; the original and finished models always run in float32.
     """
 
     def __init__(
@@ -53,11 +58,14 @@ class Measurer:
         *,
         plain: bool = False,
         limit: int | None = None,
+        where: Where | None = None,
     ) -> None:
         self.database, self.task = database, database.task
         self.build = build or self._build
-        self.batch, self.slice = self.task.batch_size, slice_of(self.task)
-        self.stitched = None if plain else Stitched(database, self.slice, len(self.task.search), limit)
+        self.where, self.slice = where or Where(), slice_of(self.task)
+        self.batch = self.slice if self.where.gpu else self.task.batch_size  # small batches leave a GPU idle
+        few, many = self.slice, len(self.task.search)
+        self.stitched = None if plain else Stitched(database, few, many, limit, self.where)
         self._teacher: Teacher | None = None
         self._reference: Tensor | None = None
         self._relaxed: Relaxed | None = None
@@ -67,15 +75,34 @@ class Measurer:
 
         ``part``: which slice the rung ``slice`` takes.
         """
+        [found] = self.many([Query(plan, fidelity, part=part)])
+        return found
+
+    def many(self, queries: Sequence[Query]) -> Iterator[Measured]:
+        """The same for several plans, in order; a GPU gets them all before the first answer is waited for."""
+        if not self.where.gpu:
+            yield from (self._read(query, *self._ask(query)) for query in queries)
+            return
+        asked = [self._ask(query) for query in queries]
+        yield from (self._read(query, *given) for query, given in zip(queries, asked, strict=True))
+
+    def _ask(self, query: Query) -> tuple[Told, float]:
         teacher, start = self._original(), time.process_time()
-        span = self.span(part) if fidelity == "slice" else range(len(self.task.search))
-        loss, score, original, slices = teacher.judge(self._outputs(plan, fidelity, span), span.start // self.batch)
+        span = self.span(query.part) if query.fidelity == "slice" else range(len(self.task.search))
+        where = self.where if query.fidelity in STITCHED else self.where.exact
+        with where.running():
+            told = teacher.compare(self._outputs(query.plan, query.fidelity, span), span.start // self.batch)
+        return told, time.process_time() - start
+
+    def _read(self, query: Query, told: Told, seconds: float) -> Measured:
+        start = time.process_time()
+        loss, score, original, slices = self._original().judgement(told)
         drop = round(self.task.drop_of(original - score), 9)  # 3 of 300 are 1 point, no more
         found = {"loss": loss, "metric": self.task.metric_of(score), "accuracy_drop": drop}
         values: Measured = {name: _number(value) for name, value in found.items()}
-        if fidelity == "full":
+        if query.fidelity == "full":
             values["slices"] = [_number(value) for value in slices]
-        return {**values, "seconds": time.process_time() - start}
+        return {**values, "seconds": seconds + time.process_time() - start}
 
     @property
     def parts(self) -> int:
@@ -96,12 +123,12 @@ class Measurer:
         teacher, start = self._original(), time.process_time()
         if self._relaxed is None:
             self._relaxed = Relaxed(self.database)
-        split = self.task.search.take(self.slice)
+        split, put = self.task.search.take(self.slice), self.where.exact.put
 
         def batches() -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
             for i, (inputs, _) in enumerate(self.task.batches(split, self.batch)):
                 share = len(inputs) / len(split)
-                yield inputs, lambda outputs, i=i, share=share: share * teacher.loss(i, outputs)  # type: ignore[misc]
+                yield inputs, lambda outputs, i=i, share=share: share * teacher.loss(i, put(outputs)).cpu()  # type: ignore[misc]
 
         loss, gradient = self._relaxed.loss_and_grad(probabilities, batches())
         if not math.isfinite(loss):
@@ -112,31 +139,33 @@ class Measurer:
     def reference(self) -> Tensor:
         """The original's outputs on the search split, computed once."""
         if self._reference is None:
-            self._reference = torch.cat(list(self._dense()))
+            self._reference = torch.cat([outputs.cpu() for outputs in self._dense()])
         return self._reference
 
     def _original(self) -> Teacher:
         if self._teacher is None:
-            self._teacher = Teacher(self.task, self.task.search, self._dense())
+            with self.where.exact.running():
+                self._teacher = Teacher(self.task, self.task.search, self._dense(), self.batch)
         return self._teacher
 
     def _dense(self) -> Iterator[Tensor]:
         dense, split = self.database.space.dense, self.task.search
-        if self.stitched is not None:
+        if self.stitched is not None and self.where.precision == "float32":
             return self.stitched.outputs(dense, split, self.batch)
         return self._run(self._build(dense, "full"), split)
 
     def _outputs(self, plan: Plan, fidelity: Fidelity, span: range) -> Iterator[Tensor]:
         split = self.task.search
-        if self.stitched is not None and fidelity in ("slice", "full"):
+        if self.stitched is not None and fidelity in STITCHED:
             return self.stitched.outputs(plan, split, self.batch, span)
         return self._run(self.build(plan, fidelity), split if len(span) == len(split) else split.span(span))
 
     def _run(self, model: nn.Module, split: Split) -> Iterator[Tensor]:
-        weights_last(model)
+        put = self.where.exact.put
+        model = weights_last(put(copy.deepcopy(model)) if self.where.gpu else model)
         for inputs, _ in self.task.batches(split, self.batch):
             with torch.inference_mode():
-                outputs = model(images_last(inputs))
+                outputs = model(images_last(put(inputs)))
             yield outputs
 
     def _build(self, plan: Plan, fidelity: Fidelity) -> nn.Module:
@@ -180,7 +209,8 @@ class ModelEvaluator:
         self.ledger = ledger if ledger is not None else NoLedger()
         self.measurer = measurer or Measurer(database)
         self.workers: Workers | None = None
-        self.model = digest([database.key, self.measurer.slice, self.measurer.batch, LAYOUT, FORM, threads])
+        how = [database.key, self.measurer.slice, self.measurer.batch, LAYOUT, FORM, threads, *self.measurer.where.key]
+        self.model = digest(how)
         self.counts: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
         self.recovery_key = recovery_key
@@ -266,9 +296,8 @@ class ModelEvaluator:
         if self.workers is not None and away:
             for index, values in self.workers.measure([queries[i] for i in away]):
                 yield away[index], values
-        for index, query in enumerate(queries):
-            if index not in away:
-                yield index, self.measurer(query.plan, query.fidelity, query.part)
+        here = [i for i in range(len(queries)) if i not in away]
+        yield from zip(here, self.measurer.many([queries[i] for i in here]), strict=True)
 
     def _count(self, fidelity: str, seconds: float) -> None:
         self.counts[fidelity] = self.counts.get(fidelity, 0) + 1

@@ -122,48 +122,71 @@ def _coarse(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     return logits.gather(-1, index) - total, rest - total.squeeze(-1)
 
 
-class Teacher:
-    """What is kept of the original to judge others by: its answers' batches, and its score of each example."""
+class Told(NamedTuple):
+    """What a model answered on the split's batches from the ``first`` on, where it ran: not waited for yet.
 
-    def __init__(self, task: Task, split: Split, outputs: Iterable[Tensor]) -> None:
-        self.task, self.split = task, split
+    ``scores``: (n,); ``said``: divergence of each example from the original, (n, ...), or the answers themselves.
+    """
+
+    first: int
+    scores: Tensor
+    said: Tensor
+
+
+class Teacher:
+    """What is kept of the original to judge others by: its answers' batches, and its score of each example.
+
+    ``batch``: examples in a batch of answers, the task's unless said. Everything stays on the device of the outputs.
+    """
+
+    def __init__(self, task: Task, split: Split, outputs: Iterable[Tensor], batch: int | None = None) -> None:
+        self.task, self.split, self.batch = task, split, batch or task.batch_size
         self._soft: list[Soft | TopK] = []
         self._outputs: list[Tensor] = []
         scores: list[Tensor] = []
-        for i, batch in enumerate(outputs):
+        for i, answers in enumerate(outputs):
             if task.fitness == "kl":
-                given = logits(task, batch)
+                given = logits(task, answers)
                 self._soft.append(TopK.of(given) if given.shape[-1] > VOCABULARY else Soft.of(given))
             else:
-                self._outputs.append(batch)
-            scores.append(self._scores(i, batch))
-        self.scores = torch.cat(scores)
+                self._outputs.append(answers)
+            scores.append(self._scores(i, answers))
+        self.scores = torch.cat(scores).cpu()
 
-    def judge(self, outputs: Iterable[Tensor], first: int = 0) -> Judgement:
-        """Loss, mean score, and the original's on the same examples; ``outputs``: the split's batches from the ``first`` on."""
+    def compare(self, outputs: Iterable[Tensor], first: int = 0) -> Told:
+        """``outputs``: the split's batches from the ``first`` on."""
         scores: list[Tensor] = []
-        told: list[Tensor] = []
+        said: list[Tensor] = []
         for i, batch in enumerate(outputs, first):
             scores.append(self._scores(i, batch))
-            told.append(self._soft[i].kl(logits(self.task, batch)) if self.task.fitness == "kl" else batch)
-        found, said = torch.cat(scores), torch.cat(told)
-        start = first * self.task.batch_size
+            said.append(self._soft[i].kl(logits(self.task, batch)) if self.task.fitness == "kl" else batch)
+        return Told(first, torch.cat(scores), torch.cat(said))
+
+    def judgement(self, told: Told) -> Judgement:
+        """Loss, mean score, the original's on the same examples, and losses by slice; waits for the answers."""
+        found, start = told.scores.cpu(), told.first * self.batch
         n, size = len(found), slice_of(self.task)
         if self.task.fitness == "kl":
+            said = told.said.cpu()
 
             def loss(a: int, b: int) -> float:
                 return float(said[a:b].mean())
 
         else:
-            reference = torch.cat(self._outputs[first : first + len(told)])
-            targets = self.split.targets[start : start + n]
+            reference = torch.cat(self._outputs[told.first :])[:n]
+            targets = self.split.targets[start : start + n].to(reference.device)
 
             def loss(a: int, b: int) -> float:
-                return fitness(self.task, said[a:b], reference[a:b], targets[a:b])
+                return fitness(self.task, told.said[a:b].float(), reference[a:b], targets[a:b])
 
         slices = tuple(loss(a, a + size) for a in range(0, max(n // size, 1) * size, size))
+        whole = slices[0] if n <= size else loss(0, n)
         original = self.scores[start : start + n]
-        return Judgement(loss(0, n), float(found.double().mean()), float(original.double().mean()), slices)
+        return Judgement(whole, float(found.double().mean()), float(original.double().mean()), slices)
+
+    def judge(self, outputs: Iterable[Tensor], first: int = 0) -> Judgement:
+        """:meth:`judgement` of :meth:`compare`."""
+        return self.judgement(self.compare(outputs, first))
 
     def loss(self, i: int, outputs: Tensor) -> Tensor:
         """The loss on batch ``i`` alone, with a gradient; a mean over its examples.  # ()"""
@@ -171,9 +194,11 @@ class Teacher:
             return self._soft[i].kl(logits(self.task, outputs)).mean()
         if self.task.fitness == "mse":
             return (outputs.double() - self._outputs[i].double()).pow(2).mean()
-        start = i * self.task.batch_size
-        return self.task.loss(outputs, self.split.targets[start : start + len(outputs)])
+        return self.task.loss(outputs, self._targets(i, outputs))
 
     def _scores(self, i: int, outputs: Tensor) -> Tensor:
-        start = i * self.task.batch_size
-        return self.task.score(outputs, self.split.targets[start : start + len(outputs)])
+        return self.task.score(outputs.float(), self._targets(i, outputs))
+
+    def _targets(self, i: int, outputs: Tensor) -> Tensor:
+        start = i * self.batch
+        return self.split.targets[start : start + len(outputs)].to(outputs.device)

@@ -457,6 +457,18 @@ def _is_channelwise(conv: nn.Conv2d) -> bool:
     return conv.groups == conv.in_channels
 
 
+class _Conv2d(nn.Conv2d):
+    """Without the random weights that a new one draws, for nothing here."""
+
+    def reset_parameters(self) -> None: ...
+
+
+class _Linear(nn.Linear):
+    """As :class:`_Conv2d`."""
+
+    def reset_parameters(self) -> None: ...
+
+
 def make_layer(like: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A Conv2d or Linear with these weights and the geometry of ``like``."""
     new: nn.Conv2d | nn.Linear
@@ -464,7 +476,7 @@ def make_layer(like: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Modul
         groups = 1
         if like.groups > 1:
             groups = weight.shape[0] * like.in_channels // like.out_channels if _is_channelwise(like) else like.groups
-        new = nn.Conv2d(
+        new = _Conv2d(
             weight.shape[1] * groups,
             weight.shape[0],
             (int(weight.shape[2]), int(weight.shape[3])),
@@ -476,8 +488,10 @@ def make_layer(like: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Modul
             like.padding_mode,
             device="meta",
         )
+        new.__class__ = nn.Conv2d  # type: ignore[assignment]
     else:
-        new = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+        new = _Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+        new.__class__ = nn.Linear  # type: ignore[assignment]
     new.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format), requires_grad=False)
     if bias is not None:
         new.bias = nn.Parameter(bias.clone(), requires_grad=False)

@@ -22,10 +22,11 @@ import torch
 from autocompress.deliver import LEDGER_START, LOCAL, Delivery, certified, choose, replay_command, timed
 from autocompress.diagnose import diagnose
 from autocompress.errors import BudgetUnmet, Cancelled, InfeasibleBudget, StoreError, UsageError, VerificationError
-from autocompress.evaluate import ModelEvaluator
+from autocompress.evaluate import Measurer, ModelEvaluator
 from autocompress.files import make_folder, write_json, write_text
 from autocompress.ledger import JobLedger, NoLedger, Shared, Start, started
 from autocompress.models import Models
+from autocompress.precision import allowed
 from autocompress.prepare import Prepared, prepare, recovery_of
 from autocompress.report import make_result
 from autocompress.results import Diagnosis, JobResult, LedgerRow, Progress, RaceEntry, Request, Stage
@@ -34,6 +35,7 @@ from autocompress.search import run as run_search
 from autocompress.tasks import Task
 from autocompress.types import METRICS, Budget, Controller, Evaluation, Fidelity, Ledger, Objective, Plan, Query
 from autocompress.verify import BudgetCheck, Certificate, certificate_of
+from autocompress.where import Where
 from autocompress.workers import LocalWorkers, Opening, RayWorkers, workers_of
 
 DEFAULT_EVALUATIONS = 400
@@ -116,6 +118,7 @@ def compress(
             "Workers load the task by its name, and a Task object given in Python has none; "
             "write it as 'path/to/file.py:factory', or leave workers out."
         )
+    Where(request.device, "float32" if request.precision == "auto" else request.precision)  # refuses what is not there
     make_folder(out)
     _refuse_foreign(request, out)
     stages = _Stages(progress, out / "seconds.json")
@@ -199,8 +202,15 @@ class _Run:
         recovery = recovery_of(self.request, made, self.out)
         self.request = self.request.model_copy(update={"recover_steps": recovery.steps if recovery else 0})
         write_text(self.out / "request.json", self.request.model_dump_json(indent=1))
+        where, told = allowed(made.database, self.request.device, self.request.precision, self.request.seed)
+        self.notes += [told] if told else []
         self.evaluator = ModelEvaluator(
-            made.database, made.costs, self.budgets, self.own, threads=torch.get_num_threads()
+            made.database,
+            made.costs,
+            self.budgets,
+            self.own,
+            threads=torch.get_num_threads(),
+            measurer=Measurer(made.database, where=where),
         )
         self.models = Models(
             made.database,
@@ -212,7 +222,7 @@ class _Run:
         )
         self.evaluator.measurer.build, self.evaluator.recovery_key = self.models.deployed, self.models.recovery_key
         if self.request.workers is not None:
-            opening = Opening.of(made.database, self.request, self.models.folder, torch.get_num_threads())
+            opening = Opening.of(made.database, self.request, self.models.folder, torch.get_num_threads(), where)
             self.evaluator.workers = self.workers = workers_of(self.request.workers, opening)
         cost = next((b.key for b in self.budgets if not METRICS[b.metric].quality), LOCAL)
         self.front = ParetoFront([Objective("loss"), Objective(cost)])

@@ -86,6 +86,10 @@ class Request(_Record):
     """Threads for evaluation; 0 takes the cores this process may use. One is the default: on a shared host two can be slower than
     one (measured: 4.5 times). Latency is measured with 1 unless a profile says more."""
 
+    device: str = "cpu"
+    """Where plans are judged: ``cpu``, ``cuda`` or ``cuda:N``. Refit, distillation and the reported numbers stay on the CPU."""
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
+    """Of the search's rungs; ``auto`` is float32 on the CPU, and on a GPU the coarsest that the fitness allows."""
     workers: str | int | None = None
     """Who judges plans: so many processes of this machine, ``ray`` or a Ray cluster's address; ``None`` is this process. It does
     not change what they find, so it is no part of the hash."""
@@ -94,7 +98,8 @@ class Request(_Record):
     def hash(self) -> str:
         # left out where unsaid, so that requests from before there were these fields keep their hash
         fields = type(self).model_fields
-        unsaid = {n for n in ("race", "warm", "warm_from", "recovery") if getattr(self, n) == fields[n].default}
+        since = ("race", "warm", "warm_from", "recovery", "device", "precision")
+        unsaid = {n for n in since if getattr(self, n) == fields[n].default}
         return digest(self.model_dump(mode="json", exclude={"workers", *unsaid}))
 
 

@@ -26,6 +26,7 @@ from autocompress.methods.ranges import RangeObserver
 from autocompress.prefix import INPUT, Activations, ByteCache, Digest, Program, choose_cuts, find_cuts
 from autocompress.tasks import Split
 from autocompress.types import MethodConfig, Plan
+from autocompress.where import Where
 
 LAYER_BYTES = 256 * 2**20
 REFERENCES = 2
@@ -41,12 +42,16 @@ class Stitched:
     """Outputs of stitched plans on splits; see the module's docstring.
 
     ``few``, ``many``: examples of the smallest and of the largest run; they decide how much of a run can be kept.
-    ``limit``: bytes of activations to keep; ``None`` takes :func:`~autocompress.prefix.default_limit`, 0 keeps none.
+    ``limit``: bytes of activations to keep; ``None`` takes :func:`~autocompress.prefix.default_limit`, 0 keeps none. ``where``:
+    the device and the precision of what runs; layers are made on the processor and moved there.
     """
 
-    def __init__(self, database: LevelDatabase, few: int, many: int, limit: int | None = None) -> None:
+    def __init__(
+        self, database: LevelDatabase, few: int, many: int, limit: int | None = None, where: Where | None = None
+    ) -> None:
         self.database, self.graph, self.few = database, database.graph, few
-        self.activations = Activations(limit)
+        self.where = where or Where()
+        self.activations = Activations(self.where.room() if limit is None else limit)
         self.dense = dict(self.graph.module.named_modules(remove_duplicate=False))
         self.norms = {layer.norm: layer for layer in self.graph.layers.values() if layer.norm}
         self.worth = self._worth(few, many)
@@ -68,7 +73,7 @@ class Stitched:
                     program,
                     [target],
                     (start, stop),
-                    lambda inputs=inputs: images_last(prepare(inputs)),  # type: ignore[misc]
+                    lambda inputs=inputs: images_last(self.where.put(prepare(inputs))),  # type: ignore[misc]
                     least=1 if len(span) <= self.few else 2,
                 )
             yield found
@@ -99,11 +104,12 @@ class Stitched:
         if missing:
             self.activations.expect(live.program)
             found = {digest: RangeObserver(self.database.ranges) for digest in missing}
+            put = self.where.exact.put
             with torch.inference_mode():
                 for place, inputs in enumerate(self.database.range_batches()):
-                    values = self.activations.run(live.program, missing, f"ranges {place}", lambda x=inputs: x)  # type: ignore[misc]
+                    values = self.activations.run(live.program, missing, f"ranges {place}", lambda x=inputs: put(x))  # type: ignore[misc]
                     for digest, value in zip(missing, values, strict=True):
-                        found[digest](value)
+                        found[digest](value.cpu())
             self._ranges.update({digest: observer.range() for digest, observer in found.items()})
         ranges = {name: self._ranges[digest] for name, digest in live.observed.items()}
         if len(self._ranges) > MEMO:
@@ -118,6 +124,13 @@ class Stitched:
         """A layer and its norm before folding, and the key of all that decides them."""
         key = (layer.name, columns.tobytes(), rows.tobytes(), steps)
         return key, self.kept(key, lambda: self.database.layer_modules(layer, columns, rows, steps))
+
+    def placed(self, key: Key, live: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
+        """Live modules in float32 on the device."""
+        if not self.where.gpu:
+            return live
+        put = self.where.exact.put
+        return self.kept(("placed", *key), lambda: {name: put(copy.deepcopy(part)) for name, part in live.items()})
 
     def kept(self, key: Key, make: Callable[[], Mapping[str, nn.Module]]) -> Mapping[str, nn.Module]:
         """Modules under a key, made once."""
@@ -253,7 +266,7 @@ class _Live(_Walk):
         return digest
 
     def layer(self, node: fx.Node, layer: Layer, key: Key, live: Mapping[str, nn.Module]) -> Digest:
-        module = live[layer.name]
+        module = self.owner.placed(key, live)[layer.name]
         if not isinstance(module, nn.Sequential) or layer.name not in self.int8:
             return self.step(node, ("live", node.name, key), module, node.args, node.kwargs)
         middle = self.step(node, ("first", node.name, key), module[0], node.args, node.kwargs)
@@ -264,10 +277,11 @@ class _Live(_Walk):
         columns, rows = layer.kept_inputs(self.keep), layer.kept_outputs(self.keep)
         steps = self.owner.database.layer_steps(self.plan, layer.name)
         key, live = self.owner.live(layer, columns, rows, steps)
-        return self.step(node, ("norm", node.name, key), live[str(layer.norm)], node.args, node.kwargs)
+        module = self.owner.placed(key, live)[str(layer.norm)]
+        return self.step(node, ("norm", node.name, key), module, node.args, node.kwargs)
 
     def form(self, tensors: Any) -> Any:
-        return tensors
+        return self.owner.where.exact.put(tensors)
 
 
 class _Deployed(_Walk):
@@ -296,7 +310,7 @@ class _Deployed(_Walk):
             if inner is not None:
                 module = nn.Sequential(module[0], ActivationQuant(*inner), module[1])  # type: ignore[index]
             norm = live[layer.norm] if layer.norm else None
-            return {layer.name: self.form(copy.deepcopy(deploy_layer(module, norm, grid)).eval())}
+            return {layer.name: self.form(_apart(deploy_layer(module, norm, grid), live[layer.name]).eval())}
 
         return self.step(node, (node.name, whole), self.owner.kept(whole, make)[layer.name], node.args, node.kwargs)
 
@@ -304,7 +318,15 @@ class _Deployed(_Walk):
         return self.value(layer.node)
 
     def form(self, tensors: Any) -> Any:
-        return weights_last(tensors)
+        return weights_last(self.owner.where.put(tensors))
+
+
+def _apart(made: nn.Module, live: nn.Module) -> nn.Module:
+    """What was made of a live layer, with copies of the live layer's own modules: they lie otherwise in memory."""
+    own = {id(module) for module in live.modules()}
+    if isinstance(made, nn.Sequential) and id(made) not in own:
+        return nn.Sequential(*(_apart(part, live) for part in made))
+    return copy.deepcopy(made) if id(made) in own else made
 
 
 def _macs(shape: Sequence[int], module: nn.Module) -> float:

@@ -42,6 +42,7 @@ def make_request(fields: Mapping[str, Any]) -> Request:
     budgets = budgets_of(request.budgets)
     _numbers(request)
     _names(request)
+    _place(request)
     folders = folders_of(request.data)
     profiles = _profiles(request.profiles, budgets, request.batch)
     _devices(budgets, profiles, request.batch)
@@ -101,6 +102,16 @@ def _start(request: Request) -> str | None:
         raise UsageError(f"--warm-from takes the ledger_start.json of a job with --warm, got {request.warm_from!r}.")
     Start.load(Path(request.warm_from))
     return str(Path(request.warm_from).resolve())
+
+
+def _place(request: Request) -> None:
+    """Where plans are judged; whether a GPU is there is asked when torch is loaded."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", request.device):
+        raise UsageError(f"--device is cpu, cuda or cuda:N, got {request.device!r}.")
+    if request.device == "cpu" and request.precision == "tf32":
+        raise UsageError("--precision tf32 is of GPUs; leave it out, or add --device cuda.")
+    if request.device != "cpu" and isinstance(workers_of(request.workers), str):
+        raise UsageError("--workers ray judges plans on processors; use --workers N with a GPU, or --device cpu.")
 
 
 def workers_of(given: str | int | None) -> str | int | None:

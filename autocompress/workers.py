@@ -17,7 +17,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -37,6 +37,7 @@ from autocompress.results import Request
 from autocompress.space import make_space
 from autocompress.tasks import load_task
 from autocompress.types import Fidelity, Query
+from autocompress.where import Where
 
 RUNGS: tuple[Fidelity, ...] = ("slice", "full", "refitted")
 """What workers judge; distillation stays with the parent, which shows its progress."""
@@ -53,7 +54,8 @@ class Opening:
 
     ``groups``: the channel groups that the parent has proved, so that nobody proves them again. ``threads``: those of the parent.
     ``root``: folder of databases, ``database`` the one in it; ``models``: folder of refitted models. ``key``, ``space``: hashes
-    that must come out the same. ``data``: the parent's ``AUTOCOMPRESS_DATA``. ``share``: workers that share a machine's memory.
+    that must come out the same. ``data``: the parent's ``AUTOCOMPRESS_DATA``. ``where``: what models run on. ``share``: workers
+    that share a machine's memory.
     """
 
     request: Request
@@ -65,16 +67,19 @@ class Opening:
     key: str
     space: str
     data: str = ""
+    where: Where = field(default_factory=Where)
     share: int = 1
 
     @classmethod
-    def of(cls, database: LevelDatabase, request: Request, models: Path, threads: int) -> Opening:
+    def of(
+        cls, database: LevelDatabase, request: Request, models: Path, threads: int, where: Where | None = None
+    ) -> Opening:
         """The opening of a database that was made for ``request``."""
         groups = tuple(group.name for group in database.graph.groups)
         root, folder = str(database.folder.parent.resolve()), database.folder.name
         hashes = database.key, database.space.hash
         data = os.environ.get("AUTOCOMPRESS_DATA", "")
-        return cls(request, threads, groups, root, folder, str(models.resolve()), *hashes, data)
+        return cls(request, threads, groups, root, folder, str(models.resolve()), *hashes, data, where or Where())
 
     def open(self) -> Measurer:
         """The measurer of the parent's database; raises :class:`WorkerError` if the task is another one here."""
@@ -92,7 +97,8 @@ class Opening:
                 f"{database.key}-{space.hash} there and {self.key}-{self.space} here."
             )
         database.build()
-        measurer = Measurer(database, limit=default_limit(self.share))
+        limit = self.where.room(self.share) or default_limit(self.share)
+        measurer = Measurer(database, limit=limit, where=self.where)
         if Path(self.models).parent.is_dir():  # not on another machine that does not see the run's folder
             measurer.build = Models(database, Path(self.models), None, measurer.reference).deployed
         return measurer

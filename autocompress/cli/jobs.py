@@ -58,6 +58,8 @@ def submit(
     recovery: o.RecoveryRecipe = "logits",
     batch: o.Batch = 1,
     threads: o.Threads = 1,
+    device: o.Device = "cpu",
+    precision: o.Precision = "auto",
     workers: o.Workers = None,
     data: o.Data = None,
     store: o.Store = None,

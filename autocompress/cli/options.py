@@ -84,6 +84,14 @@ RecoveryRecipe = Annotated[
 ]
 Batch = Annotated[int, typer.Option("--batch", help="Batch size at which latency is predicted and measured.")]
 Threads = Annotated[int, typer.Option("--threads", help="Threads for evaluation; 0 takes all cores.")]
+Device = Annotated[str, typer.Option("--device", help="Where plans are judged: cpu, cuda or cuda:N.")]
+Precision = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        help="Of the search on a GPU: float32, tf32, bfloat16; auto tries which one the fitness allows.",
+    ),
+]
 Workers = Annotated[
     str | None,
     typer.Option(

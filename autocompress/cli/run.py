@@ -38,6 +38,8 @@ def compress(
     recovery: o.RecoveryRecipe = "logits",
     batch: o.Batch = 1,
     threads: o.Threads = 1,
+    device: o.Device = "cpu",
+    precision: o.Precision = "auto",
     workers: o.Workers = None,
     data: o.Data = None,
     as_json: o.Json = False,
