@@ -63,8 +63,9 @@ class Measurer:
         self.database, self.task = database, database.task
         self.build = build or self._build
         self.where, self.slice = where or Where(), slice_of(self.task)
-        self.batch = self.slice if self.where.gpu else self.task.batch_size  # small batches leave a GPU idle
         few, many = self.slice, len(self.task.search)
+        largest = max((math.prod(v.shape[1:]) for v in database.graph.values.values() if v.shape), default=1)
+        self.batch = self.where.batch(few, many, largest) if self.where.gpu else self.task.batch_size
         self.stitched = None if plain else Stitched(database, few, many, limit, self.where)
         self._teacher: Teacher | None = None
         self._reference: Tensor | None = None
@@ -91,7 +92,7 @@ class Measurer:
         span = self.span(query.part) if query.fidelity == "slice" else range(len(self.task.search))
         where = self.where if query.fidelity in STITCHED else self.where.exact
         with where.running():
-            told = teacher.compare(self._outputs(query.plan, query.fidelity, span), span.start // self.batch)
+            told = teacher.compare(self._outputs(query.plan, query.fidelity, span), span.start)
         return told, time.process_time() - start
 
     def _read(self, query: Query, told: Told, seconds: float) -> Measured:
@@ -126,9 +127,11 @@ class Measurer:
         split, put = self.task.search.take(self.slice), self.where.exact.put
 
         def batches() -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
-            for i, (inputs, _) in enumerate(self.task.batches(split, self.batch)):
+            start = 0
+            for inputs, _ in self.task.batches(split, self.task.batch_size):
                 share = len(inputs) / len(split)
-                yield inputs, lambda outputs, i=i, share=share: share * teacher.loss(i, put(outputs)).cpu()  # type: ignore[misc]
+                yield inputs, lambda out, at=start, share=share: share * teacher.loss(at, put(out)).cpu()  # type: ignore[misc]
+                start += len(inputs)
 
         loss, gradient = self._relaxed.loss_and_grad(probabilities, batches())
         if not math.isfinite(loss):
@@ -145,7 +148,7 @@ class Measurer:
     def _original(self) -> Teacher:
         if self._teacher is None:
             with self.where.exact.running():
-                self._teacher = Teacher(self.task, self.task.search, self._dense(), self.batch)
+                self._teacher = Teacher(self.task, self.task.search, self._dense())
         return self._teacher
 
     def _dense(self) -> Iterator[Tensor]:

@@ -5,7 +5,7 @@ Everything goes batch by batch, so that outputs over large vocabularies are neve
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -84,6 +84,10 @@ class Soft:
     def of(cls, logits: Tensor) -> Soft:
         return cls(functional.log_softmax(logits.double(), -1))
 
+    def take(self, rows: slice) -> Soft:
+        """The same of some examples."""
+        return Soft(self.log_p[rows])
+
     def kl(self, logits: Tensor) -> Tensor:
         """KL(original || these logits) in nats.  # (n, ...)"""
         log_q = functional.log_softmax(logits.double(), -1)
@@ -107,6 +111,10 @@ class TopK:
         index = logits.topk(k, -1).indices
         return cls(*_coarse(logits, index), index.to(torch.int32))
 
+    def take(self, rows: slice) -> TopK:
+        """The same of some examples."""
+        return TopK(self.log_p[rows], self.log_rest[rows], self.index[rows])
+
     def kl(self, logits: Tensor) -> Tensor:
         """KL(original || these logits) in nats over ``k + 1`` classes.  # (n, ...)"""
         log_q, log_q_rest = (part.double() for part in _coarse(logits, self.index.long()))
@@ -122,83 +130,89 @@ def _coarse(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     return logits.gather(-1, index) - total, rest - total.squeeze(-1)
 
 
+def _joined(parts: Sequence[Soft | TopK]) -> Soft | TopK:
+    """Those of consecutive examples as one."""
+    fields = [torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])]
+    return type(parts[0])(*fields)
+
+
 class Told(NamedTuple):
-    """What a model answered on the split's batches from the ``first`` on, where it ran: not waited for yet.
+    """What a model answered on examples from ``start`` on, where it ran: not waited for yet.
 
     ``scores``: (n,); ``said``: divergence of each example from the original, (n, ...), or the answers themselves.
     """
 
-    first: int
+    start: int
     scores: Tensor
     said: Tensor
 
 
 class Teacher:
-    """What is kept of the original to judge others by: its answers' batches, and its score of each example.
+    """What is kept of the original to judge others by, where its outputs are: its answers, and its score of each example."""
 
-    ``batch``: examples in a batch of answers, the task's unless said. Everything stays on the device of the outputs.
-    """
-
-    def __init__(self, task: Task, split: Split, outputs: Iterable[Tensor], batch: int | None = None) -> None:
-        self.task, self.split, self.batch = task, split, batch or task.batch_size
-        self._soft: list[Soft | TopK] = []
-        self._outputs: list[Tensor] = []
+    def __init__(self, task: Task, split: Split, outputs: Iterable[Tensor]) -> None:
+        self.task, self.split = task, split
+        soft: list[Soft | TopK] = []
+        plain: list[Tensor] = []
         scores: list[Tensor] = []
-        for i, answers in enumerate(outputs):
+        start = 0
+        for answers in outputs:
             if task.fitness == "kl":
                 given = logits(task, answers)
-                self._soft.append(TopK.of(given) if given.shape[-1] > VOCABULARY else Soft.of(given))
+                soft.append(TopK.of(given) if given.shape[-1] > VOCABULARY else Soft.of(given))
             else:
-                self._outputs.append(answers)
-            scores.append(self._scores(i, answers))
+                plain.append(answers)
+            scores.append(self._scores(start, answers))
+            start += len(answers)
+        self.soft = _joined(soft) if soft else None
+        self.outputs = torch.cat(plain) if plain else None
         self.scores = torch.cat(scores).cpu()
 
-    def compare(self, outputs: Iterable[Tensor], first: int = 0) -> Told:
-        """``outputs``: the split's batches from the ``first`` on."""
+    def compare(self, outputs: Iterable[Tensor], start: int = 0) -> Told:
+        """``outputs``: batches of answers on the split's examples from ``start`` on."""
         scores: list[Tensor] = []
         said: list[Tensor] = []
-        for i, batch in enumerate(outputs, first):
-            scores.append(self._scores(i, batch))
-            said.append(self._soft[i].kl(logits(self.task, batch)) if self.task.fitness == "kl" else batch)
-        return Told(first, torch.cat(scores), torch.cat(said))
+        at = start
+        for answers in outputs:
+            scores.append(self._scores(at, answers))
+            soft = self.soft and self.soft.take(slice(at, at + len(answers)))
+            said.append(soft.kl(logits(self.task, answers)) if soft else answers)
+            at += len(answers)
+        return Told(start, torch.cat(scores), torch.cat(said))
 
     def judgement(self, told: Told) -> Judgement:
         """Loss, mean score, the original's on the same examples, and losses by slice; waits for the answers."""
-        found, start = told.scores.cpu(), told.first * self.batch
+        found, start = told.scores.cpu(), told.start
         n, size = len(found), slice_of(self.task)
-        if self.task.fitness == "kl":
-            said = told.said.cpu()
+        said = told.said.cpu() if self.soft else told.said.float()
 
-            def loss(a: int, b: int) -> float:
+        def loss(a: int, b: int) -> float:
+            if self.outputs is None:
                 return float(said[a:b].mean())
-
-        else:
-            reference = torch.cat(self._outputs[told.first :])[:n]
-            targets = self.split.targets[start : start + n].to(reference.device)
-
-            def loss(a: int, b: int) -> float:
-                return fitness(self.task, told.said[a:b].float(), reference[a:b], targets[a:b])
+            rows = slice(start + a, start + min(b, n))
+            targets = self.split.targets[rows].to(said.device)
+            return fitness(self.task, said[a:b], self.outputs[rows], targets)
 
         slices = tuple(loss(a, a + size) for a in range(0, max(n // size, 1) * size, size))
         whole = slices[0] if n <= size else loss(0, n)
         original = self.scores[start : start + n]
         return Judgement(whole, float(found.double().mean()), float(original.double().mean()), slices)
 
-    def judge(self, outputs: Iterable[Tensor], first: int = 0) -> Judgement:
+    def judge(self, outputs: Iterable[Tensor], start: int = 0) -> Judgement:
         """:meth:`judgement` of :meth:`compare`."""
-        return self.judgement(self.compare(outputs, first))
+        return self.judgement(self.compare(outputs, start))
 
-    def loss(self, i: int, outputs: Tensor) -> Tensor:
-        """The loss on batch ``i`` alone, with a gradient; a mean over its examples.  # ()"""
-        if self.task.fitness == "kl":
-            return self._soft[i].kl(logits(self.task, outputs)).mean()
-        if self.task.fitness == "mse":
-            return (outputs.double() - self._outputs[i].double()).pow(2).mean()
-        return self.task.loss(outputs, self._targets(i, outputs))
+    def loss(self, start: int, outputs: Tensor) -> Tensor:
+        """The loss on a batch from ``start`` on alone, with a gradient; a mean over its examples.  # ()"""
+        rows = slice(start, start + len(outputs))
+        if self.soft is not None:
+            return self.soft.take(rows).kl(logits(self.task, outputs)).mean()
+        if self.outputs is not None and self.task.fitness == "mse":
+            return (outputs.double() - self.outputs[rows].double()).pow(2).mean()
+        return self.task.loss(outputs, self._targets(start, outputs))
 
-    def _scores(self, i: int, outputs: Tensor) -> Tensor:
-        return self.task.score(outputs.float(), self._targets(i, outputs))
+    def _scores(self, start: int, outputs: Tensor) -> Tensor:
+        return self.task.score(outputs.float(), self._targets(start, outputs))
 
-    def _targets(self, i: int, outputs: Tensor) -> Tensor:
-        start = i * self.batch
+    def _targets(self, start: int, outputs: Tensor) -> Tensor:
         return self.split.targets[start : start + len(outputs)].to(outputs.device)

@@ -22,6 +22,8 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 DEVICE_SHARE = 4
 """Kept values may take this part of a GPU's free memory."""
+BATCH_SHARE, LIVE = 8, 4
+"""A batch may take this part of a GPU's memory, if so many of the largest values lie there at the same time."""
 
 Placed = TypeVar("Placed", nn.Module, Tensor)
 
@@ -105,3 +107,12 @@ class Where:
     def room(self, share: int = 1) -> int | None:
         """Bytes of a GPU's memory that kept values may take in one of ``share`` processes; ``None`` on the processor."""
         return torch.cuda.mem_get_info(self.device)[0] // DEVICE_SHARE // share if self.gpu else None
+
+    def batch(self, least: int, most: int, largest: int) -> int:
+        """Examples to run at once on a GPU, a multiple of ``least``: small batches leave it idle.
+
+        ``most``: how many there are; ``largest``: elements of a model's largest value for one example.
+        """
+        memory = torch.cuda.get_device_properties(self.device).total_memory // BATCH_SHARE
+        fit = memory // (4 * LIVE * max(1, largest)) // least
+        return least * max(1, min(fit, -(-most // least)))
