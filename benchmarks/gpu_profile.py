@@ -12,6 +12,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,8 +25,16 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).parent))
 from common import load, save
 
-from autocompress.hwprofiles import default_grid
-from autocompress.hwprofiles.cuda import Bench, GpuPrecision, activated, measure_cuda, pointwise, wall_ns
+from autocompress.hwprofiles.cuda import (
+    TOKENS,
+    Bench,
+    GpuPrecision,
+    activated,
+    cuda_grid,
+    measure_cuda,
+    pointwise,
+    wall_ns,
+)
 from autocompress.types import Kernel
 
 TITLE = "A GPU's profile against networks it was not made from: CUDA graphs, timed by the host"
@@ -44,23 +53,6 @@ COLUMNS = [
     ("compiled", "torch.compile / graph"),
 ]
 SHORT = {"float32": "fp32", "tf32": "tf32", "float16": "fp16", "bfloat16": "bf16"}
-TOKENS = (1, 64, 256)
-
-
-def grid() -> list[Kernel]:
-    """The grid of any network, with what transformers are made of."""
-    kernels = [k for k in default_grid() if k.format == "float" and k.kind not in ("quantize", "dequantize")]
-    for t in TOKENS:
-        for a in (64, 128, 256, 512, 1024):
-            kernels += [
-                Kernel("linear", (a, t), (b, t), format=form)
-                for b in (64, 256, 704, 1024)
-                for form in ("float", "int8")
-            ]  # type: ignore[arg-type]
-            kernels += [Kernel("norm", (a, t), (a, t)), Kernel("add", (a, t), (a, t), n_inputs=2)]
-            kernels += [Kernel("activation", (a, t), (a, t), fused="silu"), Kernel("mul", (a, t), (a, t), n_inputs=2)]
-        kernels += [Kernel("attention", (h, t, 32), (h, t, 32)) for h in (2, 4, 8, 16)]
-    return kernels
 
 
 class Residual:
@@ -209,8 +201,7 @@ def chain(module: torch.nn.Sequential, x: Any) -> Any:
 def one(precision: GpuPrecision, batch: int, args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     name = f"{args.name}-{SHORT[precision]}" + (f"-b{batch}" if batch > 1 else "")
-    profile = measure_cuda(grid(), precision=precision, batch=batch, seconds=args.seconds, name=name)
-    profile.save(args.out / f"{name}.json")
+    profile = measure_cuda(cuda_grid(), precision=precision, batch=batch, seconds=args.seconds, name=name)
     seconds = time.perf_counter() - start
     bench = Bench("cuda", precision, batch)
     rows = []
@@ -235,6 +226,8 @@ def one(precision: GpuPrecision, batch: int, args: argparse.Namespace) -> dict[s
         "layout": vars(profile.layout),
         "runtime": profile.runtime_version,
     }
+    accuracy = {key: row[key] for key in ("networks", "within_10", "mape", "spearman")}
+    replace(profile, how={**profile.how, "accuracy": accuracy}).save(args.out / f"{name}.json")
     if args.compile:
         network = next(n for n in networks(bench, 3) if isinstance(n, Residual))
         row["compiled"] = f"{compiled_ratio(network):.2f}"

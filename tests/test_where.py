@@ -125,5 +125,5 @@ def test_a_gpu_finds_the_same(database: LevelDatabase, precision: str) -> None:
     where = Where("cuda", precision)  # type: ignore[arg-type]
     off, floor = deviation(losses(database, plans, Where()), losses(database, plans, where))
     assert floor < {"float32": 1e-8, "tf32": 1e-5, "bfloat16": 1e-3}[precision]
-    assert off < {"float32": 0.02, "tf32": 0.02, "bfloat16": 0.1}[precision]
+    assert off < {"float32": 0.02, "tf32": 0.02, "bfloat16": 0.5}[precision]
     assert losses(database, plans, where) == losses(database, plans, where), "it repeats itself to the bit"

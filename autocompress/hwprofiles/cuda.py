@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from autocompress.errors import UsageError
-from autocompress.hwprofiles.measure import Progress, measuring_order
+from autocompress.hwprofiles.measure import Progress, default_grid, measuring_order
 from autocompress.hwprofiles.predict import FLOOR_NS, Layout
 from autocompress.hwprofiles.probes import pads_of
 from autocompress.hwprofiles.profile import Entry, HardwareProfile
 from autocompress.hwprofiles.sessions import middle_mean
-from autocompress.types import Kernel
+from autocompress.types import Format, Kernel
 
 GpuPrecision = Literal["float32", "tf32", "float16", "bfloat16"]
 DTYPES = {
@@ -46,6 +46,22 @@ INT8_ROWS, INT8_STEP = 17, 8
 
 Run = Callable[[], object]
 FloatArray = np.ndarray[tuple[int], np.dtype[np.float64]]
+
+
+TOKENS = (1, 64, 256)
+
+
+def cuda_grid() -> list[Kernel]:
+    """The grid of any network on a processor, as far as GPUs have its kernels, with what transformers are made of."""
+    kernels = [k for k in default_grid() if k.format == "float" and k.kind not in ("quantize", "dequantize")]
+    forms: tuple[Format, ...] = ("float", "int8")
+    for t in TOKENS:
+        for a in (64, 128, 256, 512, 1024):
+            kernels += [Kernel("linear", (a, t), (b, t), format=f) for b in (64, 256, 704, 1024) for f in forms]
+            kernels += [Kernel("norm", (a, t), (a, t)), Kernel("add", (a, t), (a, t), n_inputs=2)]
+            kernels += [Kernel("activation", (a, t), (a, t), fused="silu"), Kernel("mul", (a, t), (a, t), n_inputs=2)]
+        kernels += [Kernel("attention", (h, t, 32), (h, t, 32)) for h in (2, 4, 8, 16)]
+    return kernels
 
 
 def measure_cuda(
@@ -151,16 +167,17 @@ class Bench:
 
     def graph(self, run: Run, copies: int = COPIES) -> _Graph:
         """The function ``copies`` times, captured."""
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.inference_mode(), torch.cuda.stream(side):
             for _ in range(WARM_UP):
                 run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(graph):
+            side.synchronize()
+            graph.capture_begin()  # torch.cuda.graph() collects garbage first, which takes longer than all the rest
             for _ in range(copies):
                 run()
+            graph.capture_end()
+        torch.cuda.current_stream().wait_stream(side)
         found = _Graph(run, graph, copies)
         found.ns()
         found.replays = max(1, math.ceil(SPAN_NS / (found.ns() * copies)))
