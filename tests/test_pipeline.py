@@ -34,7 +34,7 @@ from autocompress.methods.coding import pack
 from autocompress.results import JobResult, Progress, Request
 from autocompress.tasks import Task
 from autocompress.tasks.base import Split
-from autocompress.types import Evaluation, Fidelity, Plan
+from autocompress.types import Evaluation, Query
 from autocompress.verify import BudgetCheck
 from tests import networks
 
@@ -148,7 +148,7 @@ def test_a_second_run_pays_for_nothing_and_a_point_can_be_exported(
     digits: tuple[Path, JobResult, list[Progress]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, result, _ = digits
-    monkeypatch.setattr(Measurer, "__call__", lambda *a: pytest.fail("a model was judged again"))
+    monkeypatch.setattr(Measurer, "_ask", lambda *a: pytest.fail("a model was judged again"))
     assert result.request is not None
     again = api.run(result.request, out).result
     assert points(again) == points(result) and again.best == result.best
@@ -193,14 +193,14 @@ def test_killed_anywhere_it_ends_as_if_it_had_not_been(tmp_path: Path, monkeypat
         assert not (out / "result.json").exists()
     measured: list[str] = []
     stages: list[str] = []
-    original = Measurer.__call__
+    original = Measurer._ask
 
-    def counted(self: Measurer, plan: Plan, rung: Fidelity, *more: int) -> Any:
+    def counted(self: Measurer, query: Query) -> Any:
         if stages[-1] != "diagnose":  # which judges plans that no search asked for
-            measured.append(rung)
-        return original(self, plan, rung, *more)
+            measured.append(query.fidelity)
+        return original(self, query)
 
-    monkeypatch.setattr(Measurer, "__call__", counted)
+    monkeypatch.setattr(Measurer, "_ask", counted)
     got = api.run(request, out, task=networks.task("resnet-b"), progress=lambda tick: stages.append(tick.stage)).result
     assert points(got) == points(want) and got.best == want.best and got.evaluations == want.evaluations
     assert got.diagnosis == want.diagnosis

@@ -37,10 +37,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def paid(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The rungs at which models were run."""
     rungs: list[str] = []
-    original = Measurer.__call__
-    monkeypatch.setattr(
-        Measurer, "__call__", lambda self, plan, rung, *more: (rungs.append(rung), original(self, plan, rung, *more))[1]
-    )
+    original = Measurer._ask
+    monkeypatch.setattr(Measurer, "_ask", lambda self, query: (rungs.append(query.fidelity), original(self, query))[1])
     return rungs
 
 
