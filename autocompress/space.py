@@ -51,12 +51,12 @@ GROUP_WIDE = 64
 """Inputs with one scale at 2 and 3 bits: half a bit a weight for it."""
 ROUNDED: dict[str, tuple[WeightQuant, ...]] = {
     "w8": (WeightQuant(8),),
-    "w4": (WeightQuant(4, GROUP_4BIT, "gptq"),),
-    "w3": (WeightQuant(3, GROUP_WIDE, "gptq"), WeightQuant(3, 0, "gptq")),
-    "w2": (WeightQuant(2, GROUP_WIDE, "gptq"), WeightQuant(2, 0, "gptq")),
-    "w4-nearest": (WeightQuant(4, GROUP_4BIT),),
-    "w3-nearest": (WeightQuant(3, GROUP_WIDE), WeightQuant(3)),
-    "w2-nearest": (WeightQuant(2, GROUP_WIDE), WeightQuant(2)),
+    "w4": (WeightQuant(4, GROUP_4BIT, "gptq", "full"),),
+    "w3": (WeightQuant(3, GROUP_WIDE, "gptq", "full"), WeightQuant(3, 0, "gptq", "full")),
+    "w2": (WeightQuant(2, GROUP_WIDE, "gptq", "full"), WeightQuant(2, 0, "gptq", "full")),
+    "w4-nearest": (WeightQuant(4, GROUP_4BIT, grid="full"),),
+    "w3-nearest": (WeightQuant(3, GROUP_WIDE, grid="full"), WeightQuant(3, grid="full")),
+    "w2-nearest": (WeightQuant(2, GROUP_WIDE, grid="full"), WeightQuant(2, grid="full")),
 }
 INT8: dict[str, StaticInt8] = {
     "int8": StaticInt8(),

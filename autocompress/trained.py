@@ -4,9 +4,9 @@ Every weight passes its format straight-through while recovery trains (quantized
 plan's levels are trained as they will be exported. On top of that a recipe may train
 
 * ``scales``: the steps of grids (LSQ, Esser et al. 2020) and the entries of tables (differentiable quantization, Polino et al.
-  2018): ``w' = s round(clip(w / s, -top, top))``, so ``dw'/ds`` is ``round(w / s) - w / s`` inside and ``+-top`` outside.
-  Exported as any grid;
-* ``bits``: ``w' = s round(clip(w / s, -top, top))``, ``top = 2^(b-1) - 1``, with ``b`` and ``r = s top`` of every scale
+  2018): ``w' = s round(clip(w / s, low, top))``, so ``dw'/ds`` is ``round(w / s) - w / s`` inside and ``low`` or ``top``
+  outside. Exported as any grid;
+* ``bits``: ``w' = s round(clip(w / s, low, top))``, ``top = 2^(b-1) - 1``, with ``b`` and ``r = s top`` of every scale
   learned, and ``price * bits / weights`` in the loss (Self-compressing neural networks, Cséfalvay & Imber 2023). ``b`` starts
   at the level's bits and never exceeds them, so the file is right and as large as the level's: fewer bits are simulated, but
   for what packing gains;
@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
+from autocompress.methods.grids import Grid, codes, per_scale, searched_scale, spread, weight_scale
 from autocompress.methods.lookup import WeightLookup, nearest
-from autocompress.methods.quantization import PackedWeight, WeightFakeQuant, per_scale, spread, weight_scale
+from autocompress.methods.quantization import PackedWeight, WeightFakeQuant, folded_scale
 from autocompress.recipe import Recipe
 
 SMALLEST = 1e-8
@@ -39,20 +40,22 @@ class LearnedGrid(WeightFakeQuant):
     scale: Tensor
 
     def __init__(self, fixed: WeightFakeQuant, weight: Tensor) -> None:
-        super().__init__(fixed.bits, fixed.group, fixed.activations)
+        super().__init__(fixed.bits, fixed.group, fixed.activations, grid=fixed.grid)
         del self.scale
-        start = weight_scale(weight, fixed.bits, fixed.group) if fixed.scale is None else fixed.scale
+        start = _scale_of(fixed, weight)
         self.scale = nn.Parameter(start.clone())
         self.damping = (weight.numel() / start.numel() * (2 ** (fixed.bits - 1) - 1)) ** -0.5
         """LSQ's share of the gradient that a step gets: one over the root of weights times levels."""
 
     def forward(self, weight: Tensor) -> Tensor:
         scale = self.scale * self.damping + (self.scale * (1 - self.damping)).detach()
-        return _on_grid(weight, spread(_positive(scale), weight.shape, self.group), 2.0 ** (self.bits - 1) - 1)
+        low, top = codes(self.bits, self.grid)
+        return _on_grid(weight, spread(_apart(scale, self.grid), weight.shape, self.group), low, top)
 
     def settled(self, weight: Tensor) -> tuple[WeightFakeQuant, Tensor]:
         """The fixed grid, and the weight that goes into it."""
-        return WeightFakeQuant(self.bits, self.group, self.activations, _positive(self.scale.detach())), weight
+        scale = _apart(self.scale.detach(), self.grid)
+        return WeightFakeQuant(self.bits, self.group, self.activations, scale, self.grid), weight
 
 
 class LearnedBits(WeightFakeQuant):
@@ -63,38 +66,52 @@ class LearnedBits(WeightFakeQuant):
     """
 
     def __init__(self, fixed: WeightFakeQuant, weight: Tensor) -> None:
-        super().__init__(fixed.bits, fixed.group, fixed.activations)
-        start = weight_scale(weight, fixed.bits, fixed.group) if fixed.scale is None else fixed.scale
-        self.reach = nn.Parameter((start * (2 ** (fixed.bits - 1) - 1)).log2())
+        super().__init__(fixed.bits, fixed.group, fixed.activations, grid=fixed.grid)
+        start = _scale_of(fixed, weight)
+        self.sides: Tensor
+        self.register_buffer("sides", start.sign())  # stay as they are
+        self.reach = nn.Parameter((start.abs() * (2 ** (fixed.bits - 1) - 1)).log2())
         self.width = nn.Parameter(torch.full_like(start, float(fixed.bits)))
 
     def forward(self, weight: Tensor) -> Tensor:
         scale = spread(self._scale(), weight.shape, self.group)
-        return _on_grid(weight, scale, spread(self._top(), weight.shape, self.group))
+        low, top = (spread(end, weight.shape, self.group) for end in self._ends())
+        return _on_grid(weight, scale, low, top)
 
     def bits_of(self, weight: Tensor) -> Tensor:
         """Bits of all its weights together, with a gradient.  # ()"""
         return spread(self.width.clamp(0, self.bits), weight.shape, self.group).expand(weight.shape).sum()
 
     def pack(self, weight: Tensor, factor: Tensor) -> PackedWeight:
-        scale = self._scale().detach()
-        scale = _positive(scale * factor.abs().reshape(-1, *[1] * (scale.ndim - 1)))
-        top = spread(self._top().detach(), weight.shape, self.group)
+        scale = _apart(folded_scale(self._scale().detach(), factor, self.grid), self.grid)
+        low, top = (spread(end.detach(), weight.shape, self.group) for end in self._ends())
         ratio = weight.detach().float() / spread(scale, weight.shape, self.group)
-        integers = ratio.clamp(-top, top).round().to(torch.int8)
+        integers = ratio.clamp(low, top).round().to(torch.int8)
         return PackedWeight(integers, scale, self.bits, self.group, self.activations)
 
     def settled(self, weight: Tensor) -> tuple[WeightFakeQuant, Tensor]:
         """The level's grid at the learned scales, and the weight on the integers that were learned."""
         scale = self._scale().detach()
-        return WeightFakeQuant(self.bits, self.group, self.activations, scale), self(weight).detach()
+        return WeightFakeQuant(self.bits, self.group, self.activations, scale, self.grid), self(weight).detach()
 
     def _scale(self) -> Tensor:
         """A step; below half a step either way everything rounds to zero."""
-        return torch.exp2(self.reach) / self._top().clamp_min(0.5)
+        return self.sides * torch.exp2(self.reach) / self._ends()[1].clamp_min(0.5)
 
-    def _top(self) -> Tensor:
-        return (torch.exp2(self.width.clamp(0, self.bits) - 1) - 1).clamp_min(0)
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest code. Below one bit the lowest of a full grid goes from -1 to 0, as ``2^b - 1`` steps do."""
+        width = self.width.clamp(0, self.bits)
+        top = (torch.exp2(width - 1) - 1).clamp_min(0)
+        return (-top if self.grid == "narrow" else top + 1 - torch.exp2(width)), top
+
+
+def _scale_of(fixed: WeightFakeQuant, weight: Tensor) -> Tensor:
+    """The scales of a grid that stays, or of the one that follows this weight."""
+    if fixed.scale is not None:
+        return fixed.scale
+    if fixed.grid == "full":
+        return searched_scale(weight, fixed.bits, fixed.group, fixed.grid)
+    return weight_scale(weight, fixed.bits, fixed.group)
 
 
 class LearnedTable(WeightLookup):
@@ -218,18 +235,26 @@ def bits_in(deployed: nn.Module) -> float:
 
 
 def used_bits(packed: PackedWeight) -> float:
-    """Bits a weight that the integers of a packed weight need, each channel or block by its largest."""
-    grouped = per_scale(packed.integers.abs().long(), packed.group)
-    largest = grouped.amax(-1)
-    bits = torch.where(largest > 0, torch.floor(torch.log2(largest.clamp_min(1).double())) + 2, 0.0)
+    """Bits a weight that the integers of a packed weight need, each channel or block by its furthest, in two's complement."""
+    grouped = per_scale(packed.integers.long(), packed.group)
+    reach = torch.where(grouped < 0, -1 - grouped, grouped).amax(-1)  # -2^(b-1) .. 2^(b-1) - 1 fit into b bits
+    magnitude = torch.where(reach > 0, torch.floor(torch.log2(reach.clamp_min(1).double())) + 1, 0.0)
+    bits = torch.where((grouped != 0).any(-1), magnitude + 1, 0.0)
     return float(bits.mean())
 
 
-def _on_grid(weight: Tensor, scale: Tensor, top: Tensor | float) -> Tensor:
-    """``s round(clip(w / s, -top, top))``, straight-through where it rounds."""
-    limit = torch.as_tensor(top, dtype=weight.dtype)
-    clipped = torch.minimum(torch.maximum(weight / scale, -limit), limit)
+def _on_grid(weight: Tensor, scale: Tensor, low: Tensor | float, top: Tensor | float) -> Tensor:
+    """``s round(clip(w / s, low, top))``, straight-through where it rounds."""
+    lowest, highest = (torch.as_tensor(end, dtype=weight.dtype) for end in (low, top))
+    clipped = torch.minimum(torch.maximum(weight / scale, lowest), highest)
     return (clipped + (clipped.round() - clipped).detach()) * scale
+
+
+def _apart(scale: Tensor, grid: Grid) -> Tensor:
+    """Scales that are far enough from zero; only those of a full grid may be negative."""
+    if grid == "narrow":
+        return _positive(scale)
+    return torch.where(scale < 0, scale.clamp_max(-SMALLEST), scale.clamp_min(SMALLEST))
 
 
 def _positive(scale: Tensor) -> Tensor:

@@ -206,10 +206,10 @@ def gptq_rows(folder: str, layers: dict[str, Inputs]) -> Iterator[Row]:
             return make
 
         def ours(layer: Inputs, bits: int = bits, group: int = group) -> Tensor:
-            return gptq(layer.weight, bits, group, Hessian(layer.gram, biased=False)).dequantize()
+            return gptq(layer.weight, bits, group, Hessian(layer.gram, biased=False), grid="full").dequantize()
 
         def nearest(layer: Inputs, bits: int = bits, group: int = group) -> Tensor:
-            return pack_weight(layer.weight, bits, group).dequantize()
+            return pack_weight(layer.weight, bits, group, grid="full").dequantize()
 
         variants = {f"theirs, {name}": theirs(options) for name, options in OPTIONS.items()}
         row = compared(layers, {**variants, "ours": ours, "plain": nearest})

@@ -54,7 +54,7 @@ class TestLookup(MethodContract):
             assert max(outputs[:2]) < 0.7 * outputs[2]
             rounded = gptq(layer.weight.detach(), bits, 0, hessian).dequantize().flatten(1)  # type: ignore[operator,union-attr]
             # so small a layer may be lucky on an even grid
-            assert outputs[0] < 1.25 * float(hessian.error(weight - rounded.double()).sum())
+            assert outputs[0] < 1.4 * float(hessian.error(weight - rounded.double()).sum())
 
     @torch.no_grad()
     def test_the_module_is_what_was_fitted(self, layer: nn.Module) -> None:

@@ -29,9 +29,10 @@ from autocompress.methods import (
     handler_of,
 )
 from autocompress.methods.coding import Form, coded_bytes
+from autocompress.methods.grids import weight_scale
 from autocompress.methods.importance import l2_importance, taylor_importance
 from autocompress.methods.pruning import obs_order, width_levels
-from autocompress.methods.quantization import ActivationQuant, PackedWeight, pack_weight, quantizer_of, weight_scale
+from autocompress.methods.quantization import ActivationQuant, PackedWeight, pack_weight, quantizer_of
 from autocompress.methods.rate import cheap_integers
 from autocompress.results import ALL_FAMILIES
 from autocompress.tasks import load_task

@@ -15,6 +15,7 @@ from autocompress.database import LevelDatabase
 from autocompress.deploy import deploy
 from autocompress.fitness import forward
 from autocompress.graph import trace
+from autocompress.methods import WeightQuant
 from autocompress.methods.lookup import WeightLookup
 from autocompress.methods.quantization import PackedWeight, WeightFakeQuant, quantizer_of
 from autocompress.models import Models
@@ -34,12 +35,14 @@ from autocompress.trained import (
     settle,
     used_bits,
 )
+from autocompress.types import Level
 from tests import networks
 from tests.test_database import uniform
 from tests.test_recover import judged
 
 SHORT = Recovery(steps=40, batch_size=32, checks=2, learning_rate=0.01)
 NEAREST = "2-bit weights in groups of 64"
+FOLLOWING = "2-bit weights in groups of 64 on a narrow grid"
 GPTQ = "2-bit weights by GPTQ"
 
 
@@ -48,7 +51,12 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> LevelDatabase:
     task = networks.taught("resnet", networks.lively(lambda: ResNet(ProjectionBlock, 1, widths=(12, 16, 24))))
     graph = trace(task.model, task.example_inputs)
     families = ("int8", "w8", "w4", "w2", "w2-nearest", "lut", "sparse")
-    database = LevelDatabase(graph, make_space(graph, families), task, tmp_path_factory.mktemp("trained"))
+    space = make_space(graph, families)
+    follows = Level((WeightQuant(2, 64),))
+    levels = tuple(
+        (*each, follows) if s.kind == "layer" else each for s, each in zip(space.sites, space.levels, strict=True)
+    )
+    database = LevelDatabase(graph, replace(space, levels=levels), task, tmp_path_factory.mktemp("trained"))
     database.build()
     return database
 
@@ -71,7 +79,7 @@ def conv(bits: int = 4, group: int = 0, scale: bool = True) -> nn.Conv2d:
     part = nn.Conv2d(6, 8, 3)
     fixed = WeightFakeQuant(bits, group)
     if scale:
-        from autocompress.methods.quantization import weight_scale
+        from autocompress.methods.grids import weight_scale
 
         fixed.scale = weight_scale(part.weight, bits, group)
     parametrize.register_parametrization(part, "weight", fixed)
@@ -260,8 +268,8 @@ def test_a_teacher_and_training_beat_both_alone(database: LevelDatabase) -> None
 
 def test_trained_steps_beat_steps_that_follow(database: LevelDatabase) -> None:
     """At 2 bits a channel the widest grid has a third of the weights at its ends."""
-    _, fixed = trained(database, NEAREST, "logits")
-    _, steps = trained(database, NEAREST, "scales")
+    _, fixed = trained(database, FOLLOWING, "logits")
+    _, steps = trained(database, FOLLOWING, "scales")
     assert judged(database, steps) < judged(database, fixed)
 
 
@@ -274,7 +282,7 @@ def test_a_price_makes_bits_fall(database: LevelDatabase) -> None:
 
 
 @pytest.mark.parametrize(
-    ("label", "words"), [(NEAREST, "scales"), ("8-bit weights", "bits"), ("2-bit tables", "clusters")]
+    ("label", "words"), [(FOLLOWING, "scales"), ("8-bit weights", "bits"), ("2-bit tables", "clusters")]
 )
 def test_kept_models_have_what_was_trained(database: LevelDatabase, tmp_path: Path, label: str, words: str) -> None:
     """Also where the level's own grid has no steps of its own."""

@@ -1,8 +1,10 @@
 """Weights rounded so that a layer's outputs change least: GPTQ (Frantar et al. 2023), and the handler of :class:`WeightQuant`.
 
 Columns are rounded in the order of falling ``H_jj``, and those that come later make good what is lost: the step of Optimal Brain
-Quantization (Frantar et al. 2022) in one order for all rows. Scales are chosen before, a channel or block each, out of shares of
-its largest magnitude, by the rounding error weighted with ``H_jj``; so blocks do not depend on the order.
+Quantization (Frantar et al. 2022) in one order for all rows. Scales are searched before, a channel or block each, by the rounding
+error to the power of 2.4 as the published code does; so blocks do not depend on the order. Afterwards the integers stay and each
+row's scales go to the least output error, all together, in closed form. Going column by column is greedy: a row for which the
+nearest steps are better (seen with few, entangled inputs) takes those.
 
 What comes out lies on its grid, and the fake quantizer keeps the scales: rounding it again changes nothing, also behind a
 folded norm, whose factor goes into the scale. Without a Gram matrix (depthwise, very wide) weights go to the nearest step of
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from autocompress.methods.base import LayerContext, forms_of, handles, set_weight
+from autocompress.methods.grids import NORM, Grid, codes, refitted_scale, searched_scale, spread
 from autocompress.methods.hessian import Hessian, parts_of, sweep
 from autocompress.methods.quantization import (
     PackedWeight,
@@ -25,14 +28,8 @@ from autocompress.methods.quantization import (
     WeightQuant,
     fake_quantized,
     pack_weight,
-    per_scale,
-    spread,
-    weight_scale,
 )
 from autocompress.types import Kernel, MethodConfig
-
-SHARES = torch.linspace(1.0, 0.2, 17).tolist()
-"""Of the largest magnitude: where a grid may end."""
 
 
 @handles(WeightQuant, "weight_quant")
@@ -44,13 +41,14 @@ class _WeightQuantHandler:
     def apply(self, config: MethodConfig, layer: nn.Module, context: LayerContext) -> nn.Module:
         assert isinstance(config, WeightQuant)
         if config.by == "nearest":
-            return fake_quantized(layer, config.bits, config.group)
+            return fake_quantized(layer, config.bits, config.group, grid=config.grid)
         for part, gram in list(parts_of(layer, context.gram)):
             hessian = context.hessian(part, gram)
-            packed = gptq(part.weight.detach(), config.bits, config.group, hessian, _mask(part))
+            weight, mask = part.weight.detach(), _mask(part)
+            packed = gptq(weight, config.bits, config.group, hessian, mask, config.grid)
             if hessian is not None:
                 set_weight(part, packed.dequantize(), hessian)
-            quantizer = WeightFakeQuant(config.bits, config.group, scale=packed.scale)
+            quantizer = WeightFakeQuant(config.bits, config.group, scale=packed.scale, grid=config.grid)
             parametrize.register_parametrization(part, "weight", quantizer)
         return layer
 
@@ -65,15 +63,22 @@ def _mask(part: nn.Module) -> Tensor | None:
 
 
 def gptq(
-    weight: Tensor, bits: int, group: int = 0, hessian: Hessian | None = None, mask: Tensor | None = None
+    weight: Tensor,
+    bits: int,
+    group: int = 0,
+    hessian: Hessian | None = None,
+    mask: Tensor | None = None,
+    grid: Grid = "narrow",
 ) -> PackedWeight:
-    """The weight's integers and scales, see the module's docstring. ``mask``: what is false stays zero."""
+    """The weight's integers and scales, see the module's docstring.
+
+    # weight (out, in, *kernel); ``mask`` (out, n) bool: what is false stays zero
+    """
     shape, n = weight.shape, weight[0].numel()
-    diagonal = torch.ones(n, dtype=torch.float64) if hessian is None else hessian.matrix.diagonal()
-    scale = searched_scale(weight, bits, group, diagonal)
     if hessian is None:
-        return pack_weight(weight, bits, group, scale=scale)
-    top = 2 ** (bits - 1) - 1
+        return pack_weight(weight, bits, group, scale=searched_scale(weight, bits, group, grid), grid=grid)
+    low, top = codes(bits, grid)
+    scale = searched_scale(weight, bits, group, grid, NORM)
     steps = spread(scale, shape, group).expand(shape).flatten(1).double()
     order = hessian.falling()
     places = order.tolist()
@@ -82,25 +87,25 @@ def gptq(
     def settle(column: int, ahead: Tensor) -> Tensor:
         place = places[column]
         step = steps[:, place]
-        rounded = (ahead[:, 0] / step).round().clamp(-top, top)
+        rounded = (ahead[:, 0] / step).round().clamp(low, top)
         if mask is not None:
             rounded = rounded * mask[:, place]
         integers[:, place] = rounded.to(torch.int8)
         return rounded * step
 
     sweep(weight.flatten(1)[:, order], hessian.inverse_root(order), settle)
-    return PackedWeight(integers.reshape(shape), scale, bits, group)
+    scale = refitted_scale(integers.reshape(shape), scale, weight, hessian.matrix, group)
+    made = PackedWeight(integers.reshape(shape), scale, bits, group)
+    return _better(made, pack_weight(weight, bits, group, grid=grid), weight, hessian)
 
 
-def searched_scale(weight: Tensor, bits: int, group: int, importance: Tensor) -> Tensor:
-    """Scales with the least rounding error, weighted by the importance of each column.  # importance (n,)"""
-    top = 2 ** (bits - 1) - 1
-    w, widest = weight.detach().float(), weight_scale(weight, bits, group)
-    weights = importance.float().reshape(1, *weight.shape[1:])
-    best, least = widest, torch.full(widest.shape, torch.inf)
-    for share in SHARES:
-        scale = widest * share
-        steps = spread(scale, w.shape, group)
-        error = per_scale(((w / steps).round().clamp(-top, top) * steps - w).square() * weights, group).sum(-1)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    return best
+def _better(made: PackedWeight, nearest: PackedWeight, weight: Tensor, hessian: Hessian) -> PackedWeight:
+    """Of each row the one with the smaller output error."""
+    errors = [hessian.error((each.dequantize() - weight.float()).flatten(1)) for each in (made, nearest)]
+    rows = errors[0] <= errors[1]  # (out,)
+
+    def of(first: Tensor, second: Tensor) -> Tensor:
+        return torch.where(rows.reshape(-1, *[1] * (first.ndim - 1)), first, second)
+
+    chosen = of(made.integers, nearest.integers), of(made.scale, nearest.scale)
+    return PackedWeight(*chosen, made.bits, made.group)

@@ -2,12 +2,13 @@
 
 All grids are those of ONNX ``QuantizeLinear`` / ``DequantizeLinear``, so that what is searched is what is exported:
 
-* weights: symmetric, one scale an output channel (``group = 0``) or one a block of ``group`` input channels and kernel
-  position; ``q = clip(round(w / s), -(2^(b-1) - 1), 2^(b-1) - 1)``, ``s = max |w| / (2^(b-1) - 1)``;
+* weights: no zero point, one scale an output channel (``group = 0``) or one a block of ``group`` input channels and kernel
+  position; ``q = clip(round(w / s), low, 2^(b-1) - 1)``, with the codes and scales of ``grids.py``;
 * activations: asymmetric over 256 levels, one scale a tensor, zero exactly representable (Jacob et al. 2018, eq. 1).
 
-Per-output-channel symmetric grids commute with folding batch norm (a positive or negative factor a channel), so fake
-quantization of the live, unfolded weight equals quantization of the folded one.
+Grids without a zero point commute with folding batch norm (a positive or negative factor a channel): on a narrow grid the
+factor's sign goes into the integers, on a full one, whose codes have no mirror, into the scale. So fake quantization of the live,
+unfolded weight equals quantization of the folded one.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from autocompress.errors import UnsupportedModel
+from autocompress.errors import UnsupportedModel, UsageError
 from autocompress.methods.base import LayerContext, handles
+from autocompress.methods.grids import Grid, codes, searched_scale, spread, weight_scale
 from autocompress.types import Kernel, MethodConfig, Storage
 
 
@@ -28,15 +30,25 @@ from autocompress.types import Kernel, MethodConfig, Storage
 class WeightQuant(MethodConfig):
     """Weights rounded to ``bits``; activations stay float. Smaller, not faster, where the runtime dequantizes.
 
-    ``by``: to the nearest step of the widest grid, or as ``gptq.py`` does. 3- and 2-bit weights are stored in 4 bits.
+    ``by``: to the nearest step, or as ``gptq.py`` does. ``grid``: see ``grids.py``; a full one has searched scales. 3- and 2-bit
+    weights are stored in 4 bits. Raises :class:`UsageError` for 8 bits on a full grid.
     """
 
     bits: Literal[2, 3, 4, 8] = 8
     group: int = 0
     by: Literal["nearest", "gptq"] = "nearest"
+    grid: Grid = "narrow"
+
+    def __post_init__(self) -> None:
+        if self.bits == 8 and self.grid == "full":
+            raise UsageError(
+                "8-bit weights are within -127..127, where integer kernels are exact on every processor, got grid='full'; "
+                "take grid='narrow', or fewer bits."
+            )
 
     def describe(self) -> str:
         name = f"{self.bits}-bit weights" + (f" in groups of {self.group}" if self.group else "")
+        name += " on a narrow grid" if self.bits < 8 and self.grid == "narrow" else ""
         return name + (" by GPTQ" if self.by == "gptq" else "")
 
     @property
@@ -83,7 +95,8 @@ class PackedWeight:
     """Integers and scales of one weight. ``layer.weight`` equals :meth:`dequantize` to the bit.
 
     ``integers``: int8, the weight's shape, within the signed ``bits`` range. ``scale``: float32, ``(out,)`` when
-    ``group == 0``, else ``(out, ceil(in / group), *kernel)``. ``activations``: the layer runs in int8 altogether.
+    ``group == 0``, else ``(out, ceil(in / group), *kernel)``; negative ones are allowed (``grids.py``). ``activations``: the
+    layer runs in int8 altogether.
     """
 
     integers: Tensor
@@ -96,63 +109,56 @@ class PackedWeight:
         return self.integers.to(torch.float32) * spread(self.scale, self.integers.shape, self.group)
 
 
-def spread(scale: Tensor, shape: torch.Size, group: int) -> Tensor:
-    """Scales broadcast to the weight's shape."""
-    if group == 0:
-        return scale.reshape(-1, *[1] * (len(shape) - 1))
-    return scale.repeat_interleave(group, dim=1)[:, : shape[1]]
-
-
-def weight_scale(weight: Tensor, bits: int, group: int = 0) -> Tensor:
-    """Scales by the largest magnitude; a channel or block of zeros gets scale 1.  # see :class:`PackedWeight`"""
-    top = 2 ** (bits - 1) - 1
-    largest = per_scale(weight.detach().abs(), group).amax(dim=-1)
-    return torch.where(largest > 0, largest / top, torch.ones_like(largest)).to(torch.float32)
-
-
-def per_scale(values: Tensor, group: int) -> Tensor:
-    """What shares a scale, along a last axis; a shorter last block is filled with zeros.  # (*scale's shape, shared)"""
-    if group == 0:
-        return values.flatten(1)
-    pad = -values.shape[1] % group
-    padded = torch.cat([values, values.new_zeros(values.shape[0], pad, *values.shape[2:])], dim=1)
-    return torch.unflatten(padded, 1, (-1, group)).movedim(2, -1)
-
-
 def pack_weight(
-    weight: Tensor, bits: int, group: int = 0, activations: bool = False, scale: Tensor | None = None
+    weight: Tensor,
+    bits: int,
+    group: int = 0,
+    activations: bool = False,
+    scale: Tensor | None = None,
+    grid: Grid = "narrow",
 ) -> PackedWeight:
-    """Round to nearest on the weight's own grid, or on the one with these scales."""
-    scale = weight_scale(weight, bits, group) if scale is None else scale
-    top = 2 ** (bits - 1) - 1
+    """Round to nearest on the grid with these scales, or on the weight's own: the widest narrow one, the best full one."""
+    if scale is None:
+        scale = weight_scale(weight, bits, group) if grid == "narrow" else searched_scale(weight, bits, group, grid)
     ratio = weight.detach().to(torch.float32) / spread(scale, weight.shape, group)
-    return PackedWeight(ratio.round().clamp(-top, top).to(torch.int8), scale, bits, group, activations)
+    return PackedWeight(ratio.round().clamp(*codes(bits, grid)).to(torch.int8), scale, bits, group, activations)
 
 
 class WeightFakeQuant(nn.Module):
     """Parametrization ``w -> dequantize(quantize(w))`` with a straight-through gradient (Bengio et al. 2013).
 
-    ``scale``: of a grid that stays; without it the grid follows the weight's largest magnitudes.
+    ``scale``: of a grid that stays; without it the grid follows the weight.
     """
 
     scale: Tensor | None
 
-    def __init__(self, bits: int, group: int = 0, activations: bool = False, scale: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        bits: int,
+        group: int = 0,
+        activations: bool = False,
+        scale: Tensor | None = None,
+        grid: Grid = "narrow",
+    ) -> None:
         super().__init__()
-        self.bits, self.group, self.activations = bits, group, activations
+        self.bits, self.group, self.activations, self.grid = bits, group, activations, grid
         self.register_buffer("scale", scale)
 
     def forward(self, weight: Tensor) -> Tensor:
-        rounded = pack_weight(weight, self.bits, self.group, scale=self.scale).dequantize().to(weight.dtype)
+        packed = pack_weight(weight, self.bits, self.group, scale=self.scale, grid=self.grid)
+        rounded = packed.dequantize().to(weight.dtype)
         return weight + (rounded - weight).detach()
 
     def pack(self, weight: Tensor, factor: Tensor) -> PackedWeight:
         """Integers and scales of a folded weight; ``factor``: what folding multiplied each output channel by.  # (out,)"""
-        scale = self.scale
-        if scale is not None:
-            scale = scale * factor.abs().reshape(-1, *[1] * (scale.ndim - 1))
-            scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        return pack_weight(weight, self.bits, self.group, self.activations, scale)
+        scale = None if self.scale is None else folded_scale(self.scale, factor, self.grid)
+        return pack_weight(weight, self.bits, self.group, self.activations, scale, self.grid)
+
+
+def folded_scale(scale: Tensor, factor: Tensor, grid: Grid) -> Tensor:
+    """Scales behind a factor an output channel, 1 where it is zero.  # factor (out,)"""
+    folded = scale * (factor.abs() if grid == "narrow" else factor).reshape(-1, *[1] * (scale.ndim - 1))
+    return torch.where(folded != 0, folded, torch.ones_like(folded))
 
 
 class ActivationQuant(nn.Module):
@@ -184,12 +190,16 @@ def quantizer_of(layer: nn.Module) -> WeightFakeQuant | None:
     return None
 
 
-def fake_quantized(layer: nn.Module, bits: int, group: int = 0, activations: bool = False) -> nn.Module:
-    """The layer, or each of its factors, with a fake quantizer on its weight."""
+def fake_quantized(
+    layer: nn.Module, bits: int, group: int = 0, activations: bool = False, grid: Grid = "narrow"
+) -> nn.Module:
+    """The layer, or each of its factors, with a fake quantizer on its weight; the searched scales of a full grid stay."""
     if not isinstance(layer, nn.Conv2d | nn.Linear | nn.Sequential):
         raise UnsupportedModel(f"Only convolutions and linear layers can be quantized, got {type(layer).__name__}.")
     for part in layer if isinstance(layer, nn.Sequential) else (layer,):
-        parametrize.register_parametrization(part, "weight", WeightFakeQuant(bits, group, activations))
+        scale = searched_scale(part.weight, bits, group, grid) if grid == "full" else None  # type: ignore[arg-type]
+        quantizer = WeightFakeQuant(bits, group, activations, scale, grid)
+        parametrize.register_parametrization(part, "weight", quantizer)
     return layer
 
 

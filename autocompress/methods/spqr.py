@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from autocompress.methods.base import FormHandler, WeightForm, handles
-from autocompress.methods.gptq import SHARES
 from autocompress.methods.hessian import Hessian, halves, row_unit, sweep
 from autocompress.types import Kernel, MethodConfig, Storage
 
+SHARES = torch.linspace(1.0, 0.2, 17).tolist()
+"""Of a group's range: where its grid may end."""
 SECOND = 16
 """Groups that share the two grids of their scales and zeros."""
 STATISTIC_BITS = 3
