@@ -69,9 +69,7 @@ def searched_scale(weight: Tensor, bits: int, group: int, grid: Grid, norm: floa
     """
     low, top = codes(bits, grid)
     w, widest = weight.detach().float(), weight_scale(weight, bits, group)
-    if (
-        grid == "full"
-    ):  # of equals the one whose lone code is on the longer side: so mirrored weights have mirrored grids
+    if grid == "full":  # first the side that reaches further: of equal errors mirrored weights then have mirrored grids
         ends = per_scale(w, group)
         widest = torch.where(ends.amax(-1) > -ends.amin(-1), -widest, widest)
     best, least = widest, torch.full(widest.shape, torch.inf)
