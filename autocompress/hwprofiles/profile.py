@@ -244,11 +244,9 @@ def _read(data: Mapping[str, Any]) -> HardwareProfile:
         "expected_error": _number({"expected_error": 0.0, **data}, "expected_error"),
     }
     layout = Layout(_whole(data["layout"], "block"), _whole(data["layout"], "granule"))
+    words = ("name", "device", "runtime", "runtime_version", "measured_at", "provenance")
+    newer |= {key: _text(data, key) for key in words}
     return HardwareProfile(
-        **{
-            key: _text(data, key)
-            for key in ("name", "device", "runtime", "runtime_version", "measured_at", "provenance")
-        },
         threads=_whole(data, "threads"),
         batch=_whole(data, "batch"),
         entries=tuple(_read_entry(entry) for entry in data["entries"]),
