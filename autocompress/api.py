@@ -82,7 +82,8 @@ class Result:
     def _repr_html_(self) -> str:
         """The front as a table, for notebooks."""
         keys = list(self.result.original.costs)
-        head = "".join(f"<th>{html.escape(h)}</th>" for h in ("plan", self.result.metric_name, "drop", *keys, "rung"))
+        labels = map(self.result.key_label, keys)
+        head = "".join(f"<th>{html.escape(h)}</th>" for h in ("plan", self.result.metric_name, "drop", *labels, "rung"))
         rows = []
         for point in (self.result.original, *self.front):
             name = "original" if point.id == self.result.original.id else point.id[:8]

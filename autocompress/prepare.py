@@ -103,7 +103,8 @@ def prepare(
             packing = packed_levels(database, Path(original.path))
     costs = CostModel(graph, space, profiles, original.bytes, packing)
     dense = costs.in_units(space.dense)
-    return Prepared(task, graph, space, database, costs, original, profiles, dense, _notes(graph, space, task, request))
+    notes = (*_notes(graph, space, task, request), *_of_profiles(profiles, kernels_of(graph, space, samples=0)))
+    return Prepared(task, graph, space, database, costs, original, profiles, dense, notes)
 
 
 def _refuse_impossible(graph: Graph, space: SearchSpace, budgets: Sequence[Budget]) -> None:
@@ -139,6 +140,24 @@ def _simulated(space: SearchSpace) -> tuple[str, ...]:
         f"Levels of '{name}' are simulated: the file has their weights as floats, and is no smaller and no faster for them."
         for name in names
     )
+
+
+def _of_profiles(profiles: Mapping[str, HardwareProfile], kernels: Sequence[Kernel]) -> tuple[str, ...]:
+    """Which latencies were never measured on their device, and which operators their profiles have never seen."""
+    notes = [
+        f"Latency on {name} is predicted by a fitted profile ({profile.provenance}: "
+        f"{profile.source.get('citation', 'no source')}), not measured on a device; expect ±{profile.expected_error:.0%}."
+        for name, profile in profiles.items()
+        if profile.fitted
+    ]
+    unseen = {name: sorted(profile.explains(kernels)) for name, profile in profiles.items()}
+    notes += [
+        f"The profile of {name} has never seen {', '.join(families)}: where a plan runs them, their time is a guess, which may "
+        "be off by as much as itself, and the plan's interval is that much wider."
+        for name, families in unseen.items()
+        if families
+    ]
+    return tuple(notes)
 
 
 def _unpruned(graph: Graph, request: Request) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from autocompress.prepare import Prepared
 from autocompress.results import BudgetRow, Diagnosis, JobResult, LedgerRow, OpRow, Point, RaceEntry, Request, SiteRow
 from autocompress.search import ParetoFront
 from autocompress.search.front import non_dominated
-from autocompress.types import METRICS, Budget, Evaluation, Plan, digest
+from autocompress.types import METRICS, Budget, Evaluation, Plan, cost_key, digest
 
 MOST_POINTS = 1500
 
@@ -63,7 +63,14 @@ def make_result(
         evaluations=evaluations,
         seconds={stage: round(value, 2) for stage, value in seconds.items()},
         devices={
-            name: {"device": p.device, "provenance": p.provenance, "noise_floor": p.noise_floor, "threads": p.threads}
+            name: {
+                "device": p.device,
+                "provenance": p.provenance,
+                "noise_floor": p.noise_floor,
+                "threads": p.threads,
+                "source": dict(p.source),
+                "expected_error": p.expected_error,
+            }
             for name, p in made.profiles.items()
         },
         notes=tuple(notes),
@@ -124,8 +131,16 @@ def _point(
         violation=min(violation, 1e9),
         feasible=violation <= 0 and all(v == v for v in evaluation.values.values()),
         on_front=on_front,
+        intervals=_intervals(made, plan) if ops else {},
         ops=_ops(made, plan) if ops else (),
     )
+
+
+def _intervals(made: Prepared, plan: Plan) -> dict[str, float]:
+    """Relative half width of each device's prediction, where its profile states an error."""
+    kernels = [kernel for _, group in made.costs.kernels(plan) for kernel in group]
+    stated = {device: profile for device, profile in made.profiles.items() if profile.expected_error}
+    return {cost_key("latency_ms", device): round(p.relative_error(kernels), 4) for device, p in stated.items()}
 
 
 def _ops(made: Prepared, plan: Plan) -> tuple[OpRow, ...]:

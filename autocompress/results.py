@@ -150,6 +150,8 @@ class Point(_Record):
     costs: dict[str, float]
     measured: dict[str, float] = Field(default_factory=dict)
     """Measured costs by key, for example ``latency_ms@local``; only for points that were exported and timed."""
+    intervals: dict[str, float] = Field(default_factory=dict)
+    """Relative half width of the interval of a predicted latency, by key; for devices whose profile states its error."""
     violation: float = 0.0
     feasible: bool = True
     on_front: bool = False
@@ -305,6 +307,16 @@ class JobResult(_Record):
     """The controllers that raced, in the order they were named."""
     diagnosis: Diagnosis | None = None
     request: Request | None = None
+
+    def device_label(self, device: str) -> str:
+        """The device as it is shown: ``pixel3, fitted`` where its profile was fitted to what others have published."""
+        fitted = str(self.devices.get(device, {}).get("provenance", "")).startswith("fitted")
+        return f"{device}, fitted" if fitted else device
+
+    def key_label(self, key: str) -> str:
+        """A cost's key as it is shown: ``latency_ms@pixel3, fitted``."""
+        name, at, device = key.partition("@")
+        return f"{name}@{self.device_label(device)}" if at else name
 
     def point(self, point_id: str) -> Point:
         for point in (self.original, *self.points):

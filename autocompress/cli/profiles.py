@@ -1,4 +1,4 @@
-"""The verbs about devices: profile measure, list and show."""
+"""The verbs about devices: profile measure, list, show, compare and validate."""
 
 from __future__ import annotations
 
@@ -79,8 +79,7 @@ def list_profiles(as_json: o.Json = False) -> None:
     if "local" not in profiles:
         out.print("local: this machine; a budget with @local measures the shapes of its model first.")
     for name, (_, profile) in profiles.items():
-        kernels = f"{len(profile.entries)} kernels on {profile.threads} thread(s)"
-        out.print(f"{name}: {profile.device}, {kernels}, {profile.measured_at}", markup=False)
+        out.print(f"{name}: {profile.device}, {_origin(profile)}", markup=False)
 
 
 @profile_app.command("show")
@@ -104,6 +103,74 @@ def show_profile(
         _print(profile)
 
 
+@profile_app.command("compare")
+def compare_profiles(
+    first: Annotated[str, typer.Argument(help="A profile's name or its file.")],
+    second: Annotated[str, typer.Argument(help="Another one.")],
+    as_json: o.Json = False,
+) -> None:
+    """Predict the same kernels on two devices.
+
+    A ratio above 1 means that the second device is slower.
+
+    \b
+    Example:
+      autocompress profile compare pixel3 raspi4
+    """
+    from autocompress.hwprofiles import load_profile
+    from autocompress.hwprofiles.references import COMPARED
+
+    profiles = [load_profile(name) for name in (first, second)]
+    times = [profile.predict_ns(list(COMPARED.values())) / 1e3 for profile in profiles]
+    unseen = [[bool(profile.explains([kernel])) for kernel in COMPARED.values()] for profile in profiles]
+    rows = [
+        {"kernel": name, "first_us": float(a), "second_us": float(b), "ratio": float(b / a), "guessed": bool(u or v)}
+        for name, a, b, u, v in zip(COMPARED, *times, *unseen, strict=True)
+    ]
+    if as_json:
+        print_json({"first": summary(profiles[0]), "second": summary(profiles[1]), "kernels": rows})
+        return
+    table = Table(box=None, pad_edge=False)
+    for title in ("kernel", *(f"{profile.name} µs" for profile in profiles), "ratio", ""):
+        table.add_column(title, justify="left" if title == "kernel" else "right")
+    for row in rows:
+        numbers = (f"{row[key]:.4g}" for key in ("first_us", "second_us", "ratio"))
+        table.add_row(str(row["kernel"]), *numbers, "guessed" if row["guessed"] else "")
+    out.print(table, markup=False)
+    for profile in profiles:
+        out.print(f"{profile.name}: {_origin(profile)}", markup=False)
+
+
+@profile_app.command("validate")
+def validate_profile(
+    file: Annotated[Path, typer.Argument(help="A profile's JSON file.")], as_json: o.Json = False
+) -> None:
+    """Check a profile's file.
+
+    What is missing, negative or of the wrong kind is named in one sentence.
+
+    \b
+    Example:
+      autocompress profile validate pixel3.json
+    """
+    from autocompress.hwprofiles import HardwareProfile
+
+    profile = HardwareProfile.load(file)
+    profile.predict_ns([])
+    if as_json:
+        print_json({"valid": True, **summary(profile)})
+    else:
+        out.print(f"{file} is a valid profile: {profile.device}, {_origin(profile)}.", markup=False)
+
+
+def _origin(profile: HardwareProfile) -> str:
+    """Where its figures come from, in a few words: ``fitted``, or ``measured`` and how much of it."""
+    if profile.fitted:
+        return f"{profile.provenance}, expected error ±{profile.expected_error:.0%}, batch {profile.batch}"
+    kernels = f"{len(profile.entries)} kernels on {profile.threads} thread(s)"
+    return f"{profile.provenance}, {kernels}, {profile.measured_at}"
+
+
 def summary(profile: HardwareProfile) -> dict[str, Any]:
     """A profile in a few numbers."""
     families: dict[str, int] = {}
@@ -123,6 +190,11 @@ def summary(profile: HardwareProfile) -> dict[str, Any]:
         "noise_floor": profile.noise_floor,
         "int8_format": profile.int8_format,
         "provenance": profile.provenance,
+        "operators": ", ".join(profile.limits.get("operators", ())) or None,
+        "source": ", ".join(profile.source.values()) or None,
+        "expected_error": profile.expected_error or None,
+        "fit_error": {space: f"{e['mape']:.1%} / {e['spearman']:.3f}" for space, e in profile.fit_error.items()}
+        or None,
         "warning": profile.how.get("warning"),
         "hash": profile.hash,
     }
@@ -131,7 +203,7 @@ def summary(profile: HardwareProfile) -> dict[str, Any]:
 def _print(profile: HardwareProfile) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in summary(profile).items():
-        if value is None:
+        if value is None or value == {}:
             continue
         text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
         table.add_row(key.replace("_", " "), f"{text:.4g}" if isinstance(text, float) else str(text))

@@ -131,7 +131,7 @@ def print_front(result: JobResult) -> None:
     timed = [key for key in keys if "@" in key and any(key in point.measured for point in rows)]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     table.add_column("plan")
-    for title in (result.metric_name, "drop", *keys, *(f"measured {key}" for key in timed)):
+    for title in (result.metric_name, "drop", *map(result.key_label, keys), *(f"measured {key}" for key in timed)):
         table.add_column(title.replace("@", "\n@").replace("measured ", "measured\n", 1), justify="right")
     table.add_column("budgets")
     table.add_column("rung")
@@ -202,6 +202,7 @@ def front_json(result: JobResult) -> list[dict[str, Any]]:
             "metric": point.values.get("metric"),
             "accuracy_drop": point.values.get("accuracy_drop"),
             "costs": point.costs,
+            "intervals": point.intervals,
             "measured": point.measured,
             "feasible": point.feasible,
             "violation": point.violation,

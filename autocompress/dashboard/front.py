@@ -136,7 +136,7 @@ def axis_of(result: JobResult, key: str) -> Axis:
     if key == "metric":
         return Axis(key, result.metric_name, result.higher_is_better)
     name, _, device = key.partition("@")
-    title = _TITLES.get(name, name.replace("_", " ")) + (f" on {device}" if device else "")
+    title = _TITLES.get(name, name.replace("_", " ")) + (f" on {result.device_label(device)}" if device else "")
     unit = METRICS[name].unit if name in METRICS else ""
     return Axis(key, f"{title} ({unit})" if unit else title)
 

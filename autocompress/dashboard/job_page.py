@@ -307,7 +307,9 @@ def _show_layers(result: JobResult, point: Point) -> None:
             st.caption("No table of operators is stored for this plan; the plans on the front have one.")
             return
         device = st.selectbox("Device", devices, key="device") if len(devices) > 1 else devices[0]
-        st.plotly_chart(ops_figure(point, device), key="ops", config={"displayModeBar": False})
+        st.plotly_chart(
+            ops_figure(point, device, result.device_label(device)), key="ops", config={"displayModeBar": False}
+        )
         with st.expander(f"All {len(point.ops)} operators"):
             st.dataframe(op_rows(point), hide_index=True)
 

@@ -62,8 +62,8 @@ def front_figure(
     return figure
 
 
-def ops_figure(point: Point, device: str) -> go.Figure:
-    """Predicted milliseconds of each operator of a plan on ``device``, in execution order, by format."""
+def ops_figure(point: Point, device: str, label: str = "") -> go.Figure:
+    """Predicted milliseconds of each operator of a plan on ``device`` (shown as ``label``), in execution order, by format."""
     figure = go.Figure()
     numbered = list(enumerate(point.ops, 1))
     for format_ in dict.fromkeys(op.format for op in point.ops):
@@ -83,7 +83,7 @@ def ops_figure(point: Point, device: str) -> go.Figure:
         )
     figure.update_layout(
         xaxis={"title": "operator, in order of execution", "range": [0.3, len(point.ops) + 0.7]},
-        yaxis={"title": f"predicted on {device} (ms)", "rangemode": "tozero"},
+        yaxis={"title": f"predicted on {label or device} (ms)", "rangemode": "tozero"},
         barmode="overlay",
         height=280,
         margin={"l": 8, "r": 8, "t": 8, "b": 8},

@@ -71,9 +71,10 @@ def latency_rows(result: JobResult, point: Point) -> list[dict[str, str]]:
         measured, before = point.measured.get(key), result.original.costs.get(key)
         rows.append(
             {
-                "device": device,
+                "device": result.device_label(device),
                 "original, predicted": "-" if before is None else format_value(key, before),
-                "predicted": format_value(key, predicted),
+                "predicted": format_value(key, predicted)
+                + (f" ± {point.intervals[key]:.0%}" if key in point.intervals else ""),
                 "measured": "not timed yet" if measured is None else format_value(key, measured),
                 "measured / predicted": f"{measured / predicted:.2f}" if measured is not None and predicted else "-",
             }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from autocompress.hwprofiles.bench import Comparison, Timing, compare, measure_ms, node_profile
+from autocompress.hwprofiles.fitted import Laws
 from autocompress.hwprofiles.measure import (
     default_grid,
     describe_host,
@@ -13,13 +14,15 @@ from autocompress.hwprofiles.measure import (
     noise_floor,
 )
 from autocompress.hwprofiles.predict import Layout
-from autocompress.hwprofiles.profile import Entry, HardwareProfile
+from autocompress.hwprofiles.profile import FITTED, Entry, HardwareProfile
 from autocompress.hwprofiles.profiles import known_profiles, load_profile, save_profile
 
 __all__ = [
     "Comparison",
     "Entry",
     "HardwareProfile",
+    "FITTED",
+    "Laws",
     "Layout",
     "Timing",
     "compare",

@@ -89,7 +89,8 @@ def _with_widths(kernel: Kernel, c_in: int, c_out: int) -> Kernel:
     return replace(kernel, in_shape=(c_in, *kernel.in_shape[1:]), out_shape=(c_out, *kernel.out_shape[1:]))
 
 
-def _features(kernel: Kernel) -> list[float]:
+def features(kernel: Kernel) -> list[float]:
+    """What a roofline weighs: 1, and thousands of MACs, elements read, elements written, and weights."""
     work = kernel.macs, math.prod(kernel.in_shape) * kernel.n_inputs, math.prod(kernel.out_shape), kernel.weights
     return [1.0, *(value / 1e3 for value in work)]
 
@@ -99,12 +100,12 @@ class Roofline:
 
     def __init__(self, kernels: Sequence[Kernel], ns: Sequence[float]) -> None:
         times = np.array(ns, np.float64)  # (n,)
-        rows = np.array([_features(k) for k in kernels]) / times[:, None]  # (n, 5)
+        rows = np.array([features(k) for k in kernels]) / times[:, None]  # (n, 5)
         scale = np.maximum(rows.max(axis=0), 1e-30)
         self.coefficients = nnls(rows / scale, np.ones(len(times)))[0] / scale  # (5,)
 
     def __call__(self, kernel: Kernel) -> float:
-        return max(float(np.dot(_features(kernel), self.coefficients)), FLOOR_NS)
+        return max(float(np.dot(features(kernel), self.coefficients)), FLOOR_NS)
 
 
 Spatial = tuple[tuple[int, ...], tuple[int, ...]]

@@ -1,4 +1,4 @@
-"""A device as data: what was measured on it, how, when and with what; and the latency it predicts."""
+"""A device as data: what was measured on it or fitted, how, when and with what; and the latency it predicts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,17 @@ import numpy as np
 
 from autocompress.errors import UsageError
 from autocompress.files import write_json
+from autocompress.hwprofiles.fitted import TERMS, Law, Laws, family_of
 from autocompress.hwprofiles.predict import Layout, Predictor
 from autocompress.types import Format, Int8Format, IntArray, Kernel, digest
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, 2)
+"""Schema 1 had no ``laws`` and what belongs to them; its files are profiles still."""
+MEASURED = "measured"
+FITTED = "fitted from published measurements"
+UNSEEN_ERROR = 1.0
+"""Relative error of a kernel whose family the profile has never seen: half or twice the time, and no promise."""
 _KERNEL_FIELDS = ("kind", "in_shape", "out_shape", "kernel", "stride", "groups", "format", "fused", "n_inputs")
 
 
@@ -35,10 +42,15 @@ class Entry:
 class HardwareProfile:
     """What is known of a device; a ``LatencyModel``.
 
+    ``entries``: measured kernels; ``laws``: in their place, laws of kernel families fitted to latencies of whole networks.
     ``overhead_ns``: what one run costs beside its kernels (add it once a network). ``noise_floor``: median relative
     difference of the same network timed twice in one round. ``int8_format``: the fastest form of quantized
     activations, with the times behind it in ``int8_evidence`` (ms). ``layout``: how channels are rounded. ``how``:
     warm-up, rounds and what was left out. ``host``: CPU model, flags, cores, system.
+
+    Of a fitted profile, ``source`` cites the measurements and their licence; ``fit_error`` has ``mape`` and ``spearman`` on
+    held-out networks by search space; ``limits`` says which sizes and operators stand behind it; ``expected_error`` is the
+    relative error that nine in ten held-out networks stayed below.
     """
 
     name: str
@@ -56,12 +68,24 @@ class HardwareProfile:
     layout: Layout = field(default_factory=Layout)
     host: Mapping[str, Any] = field(default_factory=dict)
     how: Mapping[str, Any] = field(default_factory=dict)
-    provenance: str = "measured"
+    provenance: str = MEASURED
+    laws: Laws | None = None
+    source: Mapping[str, str] = field(default_factory=dict)
+    fit_error: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    expected_error: float = 0.0
+
+    @property
+    def fitted(self) -> bool:
+        """Whether its predictions come from others' measurements of whole networks, not from kernels timed on the device."""
+        return self.provenance != MEASURED
 
     @cached_property
     def _predictor(self) -> Predictor:
         if not self.entries:
-            raise UsageError(f"A profile needs measured kernels to predict from; profile {self.name!r} has none.")
+            raise UsageError(
+                f"A profile needs measured kernels or fitted laws to predict from; profile {self.name!r} has none."
+            )
         return Predictor(((e.kernel, e.ns) for e in self.entries), self.layout)
 
     @cached_property
@@ -75,25 +99,39 @@ class HardwareProfile:
         Exact where measured, else interpolated (``predict.py``). Families that were never measured are guessed from all
         others: ask :meth:`explains`.
         """
-        return np.fromiter((self._predictor(kernel) for kernel in kernels), np.int64, len(kernels))
+        predict = self.laws or self._predictor
+        return np.fromiter((round(predict(kernel)) for kernel in kernels), np.int64, len(kernels))
 
     def explains(self, kernels: Sequence[Kernel]) -> set[str]:
         """Names of the families among ``kernels`` that were never measured here."""
+        if self.laws:
+            return {" ".join(family_of(k)) for k in kernels if not self.laws.knows(k)}
         return {" ".join(self.layout.family(k)) for k in kernels if not self._predictor.knows(k)}
+
+    def relative_error(self, kernels: Sequence[Kernel]) -> float:
+        """Half width of the interval of a network's latency, relative: ``expected_error`` of the time in known families and
+        ``UNSEEN_ERROR`` of the rest."""
+        ns = self.predict_ns(kernels)
+        known = (self.laws or self._predictor).knows
+        unseen = float(sum(t for t, kernel in zip(ns.tolist(), kernels, strict=True) if not known(kernel)))
+        total = float(ns.sum()) + self.overhead_ns
+        return self.expected_error + (UNSEEN_ERROR - self.expected_error) * (unseen / total if total else 0.0)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, with the schema's version."""
         data = {"schema": SCHEMA, **{k: v for k, v in self.__dict__.items() if not k.startswith("_") and k != "hash"}}
         data["layout"] = asdict(self.layout)
         data["entries"] = [_entry_to_json(entry) for entry in self.entries]
+        data["laws"] = [{"family": list(law.family), **_named(law)} for law in self.laws.laws] if self.laws else []
         return {k: dict(v) if isinstance(v, Mapping) else v for k, v in data.items()}
 
     @classmethod
     def from_json(cls, data: Any, source: str = "the profile") -> HardwareProfile:
         """Inverse of :meth:`to_json`; ``source`` names the file in errors. Raises ``UsageError``."""
-        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        if not isinstance(data, dict) or data.get("schema") not in READABLE:
             found = data.get("schema") if isinstance(data, dict) else None
-            raise UsageError(f"A hardware profile has schema {SCHEMA}, {source} has {found!r}; measure it again.")
+            readable = " or ".join(map(str, READABLE))
+            raise UsageError(f"A hardware profile has schema {readable}, {source} has {found!r}; measure it again.")
         try:
             profile = _read(data)
         except KeyError as error:
@@ -128,6 +166,17 @@ def _entry_to_json(entry: Entry) -> dict[str, Any]:
         "ns": entry.ns,
         "interval": entry.interval,
     }
+
+
+def _named(law: Law) -> dict[str, float]:
+    return dict(zip(TERMS, law.coefficients, strict=True))
+
+
+def _read_law(data: Mapping[str, Any]) -> Law:
+    family = data["family"]
+    if not isinstance(family, list) or not all(isinstance(word, str) for word in family):
+        raise ValueError(f"family is a list of words, got {family!r}")
+    return Law(tuple(family), tuple(_number(data, term) for term in TERMS))
 
 
 def _number(data: Mapping[str, Any], key: str, least: float = 0.0) -> float:
@@ -186,12 +235,18 @@ def _read_entry(data: Mapping[str, Any]) -> Entry:
 
 
 def _read(data: Mapping[str, Any]) -> HardwareProfile:
+    laws = tuple(_read_law(law) for law in data.get("laws", ()))
+    newer: dict[str, Any] = {
+        "laws": Laws(laws) if laws else None,
+        "source": dict(data.get("source", {})),
+        "fit_error": {name: dict(found) for name, found in data.get("fit_error", {}).items()},
+        "limits": dict(data.get("limits", {})),
+        "expected_error": _number({"expected_error": 0.0, **data}, "expected_error"),
+    }
     layout = Layout(_whole(data["layout"], "block"), _whole(data["layout"], "granule"))
+    words = ("name", "device", "runtime", "runtime_version", "measured_at", "provenance")
+    newer |= {key: _text(data, key) for key in words}
     return HardwareProfile(
-        **{
-            key: _text(data, key)
-            for key in ("name", "device", "runtime", "runtime_version", "measured_at", "provenance")
-        },
         threads=_whole(data, "threads"),
         batch=_whole(data, "batch"),
         entries=tuple(_read_entry(entry) for entry in data["entries"]),
@@ -202,4 +257,5 @@ def _read(data: Mapping[str, Any]) -> HardwareProfile:
         layout=layout,
         host=dict(data["host"]),
         how=dict(data["how"]),
+        **newer,
     )

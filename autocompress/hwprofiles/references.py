@@ -7,6 +7,17 @@ from collections.abc import Sequence
 from autocompress.hwprofiles.builder import GraphBuilder
 from autocompress.types import Format, Int8Format, Kernel
 
+COMPARED: dict[str, Kernel] = {
+    "conv 3x3, 16 channels, 32 px": Kernel("conv", (16, 32, 32), (16, 32, 32), (3, 3)),
+    "conv 3x3, 64 channels, 8 px": Kernel("conv", (64, 8, 8), (64, 8, 8), (3, 3)),
+    "conv 1x1, 64 channels, 16 px": Kernel("conv", (64, 16, 16), (64, 16, 16)),
+    "conv 1x1, 64 channels, 16 px, int8": Kernel("conv", (64, 16, 16), (64, 16, 16), format="int8"),
+    "depthwise 3x3, 96 channels, 16 px": Kernel("conv", (96, 16, 16), (96, 16, 16), (3, 3), groups=96),
+    "add, 64 channels, 16 px": Kernel("add", (64, 16, 16), (64, 16, 16), n_inputs=2),
+    "linear, 512 to 512": Kernel("linear", (512,), (512,)),
+}
+"""Kernels that tell two devices apart."""
+
 
 def residual_network(
     widths: Sequence[tuple[int, int]],

@@ -1,0 +1,234 @@
+"""Fitted profiles: coefficients that are known come back, shipped ones load and keep order, and ``fitted`` is said."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+from typer.testing import CliRunner
+
+from autocompress.api import read_result
+from autocompress.cli import app
+from autocompress.dashboard.front import axis_of
+from autocompress.dashboard.tables import latency_rows
+from autocompress.errors import UsageError
+from autocompress.hwprofiles import HardwareProfile, load_profile
+from autocompress.hwprofiles.fitted import Law, Laws, error, fit_laws, lineage, predict_networks
+from autocompress.hwprofiles.profiles import SHIPPED
+from autocompress.types import Kernel
+
+ROOT = Path(__file__).parents[1]
+DATA = sorted(SHIPPED.glob("*.json"))
+
+
+def conv(c_in: int, c_out: int, size: int = 8, window: int = 3, **fields: Any) -> Kernel:
+    return Kernel("conv", (c_in, size, size), (c_out, size, size), (window, window), **fields)
+
+
+KERNELS = tuple(
+    kernel
+    for width in (8, 16, 32, 64)
+    for kernel in (
+        conv(width, width),
+        conv(width, 2 * width, window=1),
+        conv(width, width, groups=width),
+        Kernel("add", (width, 8, 8), (width, 8, 8), n_inputs=2),
+    )
+)
+"""Four families at four widths."""
+
+
+def true_ns(kernel: Kernel) -> float:
+    """A device whose depthwise convolutions are four times slower a MAC than its dense ones."""
+    if kernel.kind == "add":
+        return 2000.0
+    return 5000 + kernel.macs * (0.4 if kernel.groups > 1 else 0.1)
+
+
+@pytest.fixture(scope="module")
+def networks() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Counts of 400 random networks, and their latency with an overhead of 0.1 ms."""
+    counts = np.random.default_rng(0).integers(0, 6, (400, len(KERNELS))).astype(float)
+    return counts, counts @ np.array([true_ns(kernel) for kernel in KERNELS]) + 1e5
+
+
+class TestFit:
+    def test_known_coefficients_come_back(self, networks: Any) -> None:
+        counts, ns = networks
+        laws, overhead = fit_laws(KERNELS, counts, ns, ridge=1e-9)
+        assert overhead == pytest.approx(1e5, rel=0.1)
+        for kernel in KERNELS:
+            assert laws(kernel) == pytest.approx(true_ns(kernel), rel=0.1)
+
+    def test_networks_that_were_not_fitted(self, networks: Any) -> None:
+        counts, ns = networks
+        fitted = fit_laws(KERNELS, counts[:300], ns[:300])
+        found = error(predict_networks(*fitted, KERNELS, counts[300:]), ns[300:])
+        assert found["mape"] < 0.01 and found["spearman"] > 0.999
+
+    def test_a_family_that_was_not_fitted_takes_the_one_above(self, networks: Any) -> None:
+        laws, _ = fit_laws(KERNELS, *networks)
+        unseen = conv(16, 16, window=5)
+        assert laws.knows(conv(24, 24)) and not laws.knows(unseen)
+        assert laws(unseen) > laws(conv(16, 16))  # 25 MACs a weight in place of 9
+
+    def test_donors_tell_what_the_networks_do_not(self, networks: Any) -> None:
+        counts, ns = networks
+        donor = fit_laws(KERNELS, counts, 3 * ns)  # a device three times slower
+        dense = [i for i, kernel in enumerate(KERNELS) if kernel.groups == 1]
+        some = [KERNELS[i] for i in dense]
+        own = counts[:, dense] @ np.array([true_ns(kernel) for kernel in some]) + 1e5
+        laws, _ = fit_laws(some, counts[:, dense], own, donors=[donor])
+        unseen = conv(32, 32, groups=32)
+        assert laws(unseen) == pytest.approx(true_ns(unseen), rel=0.25)
+
+    def test_single_blocks_have_no_overhead_of_a_network(self, networks: Any) -> None:
+        assert fit_laws(KERNELS, *networks, whole=False)[1] == 0
+
+    def test_what_cannot_be_fitted_is_a_sentence(self, networks: Any) -> None:
+        counts, ns = networks
+        with pytest.raises(UsageError, match="latencies above 0, got 400 of which 400 are not"):
+            fit_laws(KERNELS, counts, 0 * ns)
+        with pytest.raises(UsageError, match="one of all kernels"):
+            Laws((Law(("conv",), (1, 0, 0, 0, 0)),))
+
+    def test_lineage(self) -> None:
+        assert lineage(conv(8, 8, 15, groups=8))[-1] == ("conv", "depthwise", "3x3", "float", "16 px")
+        assert lineage(Kernel("linear", (8,), (8,), format="int8")) == [(), ("linear",), ("linear", "int8")]
+
+
+@pytest.mark.parametrize("path", DATA, ids=lambda path: path.stem)
+class TestShipped:
+    def test_loads_and_states_where_it_comes_from(self, path: Path) -> None:
+        profile = load_profile(path.stem)
+        assert profile.name == path.stem and profile.fitted and profile.provenance.startswith("fitted")
+        assert profile.source["citation"] and profile.source["licence"] == "MIT"
+        assert 0 < profile.expected_error < 1 and set(profile.fit_error) == set(profile.limits["spaces"])
+        assert HardwareProfile.from_json(profile.to_json()) == profile
+        assert path.stat().st_size < 300_000
+
+    def test_never_falls_when_a_width_grows(self, path: Path) -> None:
+        profile = load_profile(path.stem)
+        for size in (4, 8, 32, 56):
+            for window in (1, 3, 5):
+                for grow in (lambda w: (w, 32), lambda w: (32, w)):
+                    ns = profile.predict_ns([conv(*grow(w), size, window) for w in range(4, 200, 7)])
+                    assert np.all(np.diff(ns) >= 0) and ns[0] > 0
+
+    def test_names_what_it_never_saw_and_widens_the_interval(self, path: Path) -> None:
+        profile = load_profile(path.stem)
+        known, attention = conv(16, 16, 32, 1), Kernel("attention", (4, 64, 16), (4, 64, 16))
+        assert profile.explains([known]) == set()
+        assert profile.relative_error([known]) == pytest.approx(profile.expected_error)
+        int8 = replace(known, format="int8")
+        assert profile.explains([known, attention, int8]) == {"attention float", "conv dense 1x1 int8"}
+        assert profile.relative_error([known, attention]) > profile.expected_error
+        assert profile.predict_ns([int8])[0] == profile.predict_ns([known])[0]  # no speed-up is promised
+
+
+def test_every_device_that_has_data_is_shipped() -> None:
+    names = {path.stem for path in DATA}
+    assert {"pixel2", "pixel3", "samsung_a50", "essential_ph_1", "note10", "raspi4"} <= names
+    assert {"1080ti", "2080ti", "titanx", "titanxp"} <= names
+
+
+class TestFiles:
+    def test_profiles_of_the_first_schema_are_read(self, tmp_path: Path) -> None:
+        data = load_profile("pixel3").to_json()
+        newer = ("laws", "source", "fit_error", "limits", "expected_error")
+        entry = {"kind": "linear", "in_shape": [8], "out_shape": [8], "kernel": [1, 1], "stride": [1, 1], "groups": 1}
+        entry |= {"format": "float", "fused": "", "n_inputs": 1, "ns": 1000.0, "interval": 0.0}
+        old = {key: value for key, value in data.items() if key not in newer}
+        old |= {"schema": 1, "provenance": "measured", "entries": [entry]}
+        (tmp_path / "old.json").write_text(json.dumps(old))
+        profile = HardwareProfile.load(tmp_path / "old.json")
+        assert not profile.fitted and profile.predict_ns([Kernel("linear", (8,), (8,))])[0] == 1000
+
+    @pytest.mark.parametrize(
+        ("change", "sentence"),
+        [
+            ({"laws": [{"family": [], "overhead": -1, "macs": 1}]}, "overhead is a number of at least 0, got -1"),
+            ({"laws": [{"family": []}]}, "needs the field 'overhead'"),
+            ({"laws": [{"family": "conv"}]}, "family is a list of words, got 'conv'"),
+            ({"laws": []}, "needs measured kernels or fitted laws"),
+            ({"expected_error": -0.1}, "expected_error is a number of at least 0"),
+            ({"schema": 3}, "schema 1 or 2"),
+        ],
+    )
+    def test_what_is_wrong_is_named(self, tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
+        path = tmp_path / "bad.json"
+        path.write_text(json.dumps({**load_profile("pixel3").to_json(), **change}))
+        run = CliRunner().invoke(app, ["profile", "validate", str(path)])
+        assert run.exit_code and isinstance(run.exception, UsageError | SystemExit)
+        with pytest.raises(UsageError, match=sentence.replace("(", "\\(")):
+            HardwareProfile.load(path).predict_ns([])
+
+
+def said(*args: str) -> str:
+    run = CliRunner().invoke(app, list(args))
+    assert run.exit_code == 0, run.output
+    return run.output
+
+
+class TestCommandLine:
+    def test_list_and_show_say_fitted(self) -> None:
+        assert "pixel3: Google Pixel 3 (phone), fitted from published measurements" in said("profile", "list")
+        shown = said("profile", "show", "pixel3")
+        assert "fitted from published measurements" in shown and "HW-NAS-Bench" in shown
+
+    def test_compare(self) -> None:
+        rows = json.loads(said("profile", "compare", "pixel3", "raspi4", "--json"))["kernels"]
+        assert all(row["ratio"] > 0 for row in rows)
+        assert [row["kernel"] for row in rows if row["guessed"]] == ["conv 1x1, 64 channels, 16 px, int8"]
+
+    def test_validate(self) -> None:
+        assert "is a valid profile" in said("profile", "validate", str(SHIPPED / "raspi4.json"))
+
+
+# ---------------------------------------------------------------- a whole job
+
+
+@pytest.mark.slow
+def test_a_job_on_two_fitted_devices_says_so(tmp_path: Path) -> None:
+    budgets = ("--budget", "latency_ms<=60%@pixel3", "--budget", "latency_ms<=65%@raspi4")
+    short = ("--evaluations", "40", "--recover-minutes", "0", "--threads", "1", "--out", str(tmp_path / "run"))
+    output = said("compress", "digits", *budgets, *short)
+    assert "@pixel3, fitted" in output and "@raspi4, fitted" in output
+    notes = " ".join(output.split())
+    assert "Latency on pixel3 is predicted by a fitted profile" in notes and "HW-NAS-Bench" in notes
+    assert "The profile of raspi4 has never seen" in notes  # int8
+    result = read_result(tmp_path / "run")
+    assert result.devices["pixel3"]["provenance"].startswith("fitted")
+    assert result.best is not None
+    best = result.point(result.best)
+    for key, limit in (("latency_ms@pixel3", 0.6), ("latency_ms@raspi4", 0.65)):
+        assert best.costs[key] <= limit * result.original.costs[key] * (1 + 1e-9)
+        assert result.original.intervals[key] > 0
+    assert {row["device"] for row in latency_rows(result, best)} >= {"pixel3, fitted", "raspi4, fitted"}
+    assert axis_of(result, "latency_ms@pixel3").title == "latency on pixel3, fitted (ms)"
+
+
+# ---------------------------------------------------------------- the published measurements
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize(
+    ("space", "column", "least"),
+    [("FBNet", "pixel3", 0.9), ("NAS-Bench-201", "pixel3", 0.85), ("Once-for-all blocks", "", 0.9)],
+)
+def test_networks_are_rebuilt_as_they_ran(
+    space: str, column: str, least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MACs of the rebuilt networks against their latency on devices that MACs decide."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    published = importlib.import_module("published")
+    measured = published.SPACES[space](published.find(os.environ["AUTOCOMPRESS_DATA"].split(":")), column)
+    assert spearmanr(measured.networks.macs, measured.ns).statistic > least
+    assert measured.networks.counts.shape == (len(measured.ns), len(measured.networks.kernels))
