@@ -200,7 +200,7 @@ class Bench:
         for (kernel, _, _), values in zip(made, np.array(rows).T / scale, strict=True):
             low, high = np.percentile(values, [25, 75])
             ns = max(middle_mean(values), FLOOR_NS)
-            yield Entry(kernel, ns, float(1.57 * (high - low) / math.sqrt(len(values)) / ns))
+            yield Entry(kernel, round(ns, 1), round(float(1.57 * (high - low) / math.sqrt(len(values)) / ns), 4))
 
     def overhead_ns(self) -> float:
         """What the host waits for a graph that computes next to nothing."""

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import numpy as np
 
 from autocompress.errors import UsageError
-from autocompress.files import write_json
+from autocompress.files import write_text
 from autocompress.hwprofiles.fitted import TERMS, Law, Laws, family_of
 from autocompress.hwprofiles.predict import Layout, Predictor
 from autocompress.types import Format, Int8Format, IntArray, Kernel, digest
@@ -145,8 +145,8 @@ class HardwareProfile:
         return profile
 
     def save(self, path: Path | str) -> None:
-        """Write as JSON, atomically."""
-        write_json(Path(path), self.to_json())
+        """Write as JSON, atomically; one kernel or law a line."""
+        write_text(Path(path), _lines(self.to_json()))
 
     @classmethod
     def load(cls, path: Path | str) -> HardwareProfile:
@@ -158,6 +158,15 @@ class HardwareProfile:
         except ValueError as error:
             raise UsageError(f"A hardware profile is a JSON file, {path} is not: {error}.") from None
         return cls.from_json(data, str(path))
+
+
+def _lines(data: Mapping[str, Any]) -> str:
+    def text(value: Any) -> str:
+        if isinstance(value, list | tuple) and value:
+            return "[\n  " + ",\n  ".join(json.dumps(item, ensure_ascii=False) for item in value) + "\n ]"
+        return json.dumps(value, ensure_ascii=False)
+
+    return "{\n" + ",\n".join(f" {json.dumps(key)}: {text(value)}" for key, value in data.items()) + "\n}\n"
 
 
 def _entry_to_json(entry: Entry) -> dict[str, Any]:
