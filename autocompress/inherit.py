@@ -116,7 +116,7 @@ class Inheritance:
         rest = {id(layer.raw): rest for layer, rest in zip(self.layers, self.rests, strict=True)}
         self.parameters = [*self.compactors, *(rest.get(id(p), p) for p in self.weights)]
 
-    def passed_on(self, gradients: Gradients) -> Gradients:
+    def passed_on(self, gradients: Sequence[Tensor | None]) -> Gradients:
         """Gradients of the model's weights -> of the parameters, by the chain rule."""
         given = {id(p): g for p, g in zip(self.weights, gradients, strict=True)}
         pairs = [(layer, g) for layer in self.layers if (g := given[id(layer.raw)]) is not None]
