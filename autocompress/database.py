@@ -36,8 +36,18 @@ from autocompress.gram import (
     unfolded_size,
 )
 from autocompress.graph import Graph, Group, Keep, Layer, aliases, make_layer, rebuild, slice_channelwise, slice_layer
-from autocompress.methods import CalibratedInt8, ChannelPruning, Factored, LayerContext, Sparse, StaticInt8, handler_of
+from autocompress.methods import (
+    CalibratedInt8,
+    ChannelPruning,
+    Factored,
+    LayerContext,
+    Sparse,
+    StaticInt8,
+    UDFCQuant,
+    handler_of,
+)
 from autocompress.methods.datafree import UDFC, compensated, moments_of
+from autocompress.methods.expected import Expected, expected_values
 from autocompress.methods.fisher import block_moments, damped
 from autocompress.methods.importance import GRADIENT_SCORES, WEIGHT_SCORES, random_importance
 from autocompress.methods.pruning import obs_order
@@ -78,7 +88,8 @@ class LevelDatabase:
         pruning = [step for step in steps if isinstance(step, ChannelPruning)]
         self.importance: Importance = pruning[0].importance if pruning else "obs"
         self.ranges: Ranges = next((step.ranges for step in steps if isinstance(step, CalibratedInt8)), "minmax")
-        self.data_free = any(isinstance(step, UDFC) for step in pruning)
+        rounded_only = bool(steps) and all(isinstance(step, UDFCQuant) for step in steps)
+        self.data_free = rounded_only or any(isinstance(step, UDFC) for step in pruning)
         self.by_gradients = any(_by_gradients(step) for step in steps)
         settings = [VERSION, task.hash, GRAM_IMAGES, ROWS_PER_INPUT, TAYLOR_IMAGES, seed]
         self.folder = root / digest(settings)
@@ -93,6 +104,7 @@ class LevelDatabase:
         self._site = {site.name: i for i, site in enumerate(space.sites)}
         self._folded: dict[str, Weights] = {}
         self._moments: dict[str, Tensor | None] = {}
+        self._expected: dict[str, Expected | None] | None = None
 
     # ------------------------------------------------------------ building
 
@@ -256,6 +268,16 @@ class LevelDatabase:
             self._moments[group.name] = moments_of(self.graph, group, self.folded)
         return self._moments[group.name]
 
+    def _expected_inputs(self, layer: Layer, columns: npt.NDArray[np.intp]) -> Expected | None:
+        """Mean and variance of a layer's unfolded inputs at these channels, once a model.  # (columns * area,) both"""
+        if self._expected is None:
+            self._expected = expected_values(self.graph, self.folded)
+        found, (weight, _) = self._expected[layer.source], self.folded(layer.name)
+        if found is None or layer.depthwise or len(found[0]) != len(layer.inputs):
+            return None
+        mean, variance = (v[torch.from_numpy(columns)].repeat_interleave(weight[0, 0].numel()) for v in found)
+        return mean, variance
+
     def refitted(self, layer: Layer, columns: npt.NDArray[np.intp]) -> Weights:
         """All output rows, refitted behind the kept inputs on *dense* inputs, or without a Gram matrix from weights alone.
 
@@ -300,10 +322,10 @@ class LevelDatabase:
         weight, bias = self.refitted(layer, columns) if pruned or reshaped else self.folded(layer.name)
         like, index = self.graph.module.get_submodule(layer.name), torch.from_numpy(rows)
         biased = pruned or reshaped or layer.norm is not None or like.bias is not None  # as the cost tables have it
-        context = self.with_gradients(self.context(layer, columns, weight), layer, columns, rows, steps)
+        context = self.informed(self.context(layer, columns, weight), layer, columns, rows, steps)
         return self.neutral(layer, weight[index], bias[index] if biased else None, context, steps)
 
-    def with_gradients(
+    def informed(
         self,
         context: LayerContext,
         layer: Layer,
@@ -311,7 +333,10 @@ class LevelDatabase:
         rows: npt.NDArray[np.intp],
         steps: Sequence[MethodConfig],
     ) -> LayerContext:
-        """What is known besides, if a step asks: the loss's curvature in the dense model at a layer's folded weight."""
+        """What is known besides, if a step asks: the loss's curvature in the dense model at a layer's folded weight, and what
+        weights tell of its inputs."""
+        if any(isinstance(step, UDFCQuant) for step in steps):
+            context = replace(context, expected=self._expected_inputs(layer, columns))
         if not any(_by_gradients(step) for step in steps):
             return context
         weight, _ = self.folded(layer.name)

@@ -149,7 +149,7 @@ class _Refit:
         weight, bias = solution[:, :-1].float(), solution[:, -1].float() if biased else None
         kept_in, kept_out = layer.kept_inputs(self.keep), layer.kept_outputs(self.keep)
         shape = (len(kept_out), len(kept_in), *self.database.folded(layer.name)[0].shape[2:])
-        context = self.database.with_gradients(LayerContext(moments.gram), layer, kept_in, kept_out, steps)
+        context = self.database.informed(LayerContext(moments.gram), layer, kept_in, kept_out, steps)
         made = self.database.neutral(layer, weight.reshape(shape), bias, context, steps)
         for name, part in made.items():
             self._install(name, part, layer)

@@ -24,6 +24,7 @@ from autocompress.diagnose import diagnose
 from autocompress.errors import BudgetUnmet, Cancelled, InfeasibleBudget, StoreError, UsageError, VerificationError
 from autocompress.evaluate import Measurer, ModelEvaluator
 from autocompress.files import make_folder, write_json, write_text
+from autocompress.inherit import uninherited
 from autocompress.ledger import JobLedger, NoLedger, Shared, Start, started
 from autocompress.models import Models
 from autocompress.precision import allowed
@@ -422,6 +423,8 @@ class _Run:
             self.models.steps = brief * LONGER
             (final,) = self._judge([winner.evaluation.plan], "recovered")
             self.models.steps = brief
+        if self.models.recovery.recipe.wid:
+            self.notes += uninherited(self.made.database, final.plan)
         return [*deliveries, *(d for d in judged if d is not winner), replace(winner, evaluation=final)]
 
     def _distilling(self, done: int, total: int) -> None:

@@ -22,6 +22,7 @@ BARE: dict[str, Any] = {
     "patience": 2,
     "gradual": 0.5,
     "shrink": 4,
+    "wid": True,
     "cram": 0.05,
     "scales": True,
     "bits": 0.02,
@@ -44,7 +45,8 @@ class Recipe:
     in 60 % of the steps (Xu et al. 2020). ``gradual``: the share of the steps in which sparse layers go from dense to their
     level (Zhu & Gupta 2017). ``shrink``: stages in which widths, ranks and blocks go from the original's to the
     plan's, with half of the steps between them (NetAdapt, Yang et al. 2018; TrimLLM, Hu et al. 2024; see ``shrink.py``).
-    ``cram``: the step of the compression-aware minimizer (Peste et al. 2023).
+    ``wid``: weights beside removed channels are trained as mixtures of the original's (weight-inherited distillation, Wu et al.
+    2023; see ``inherit.py``). ``cram``: the step of the compression-aware minimizer (Peste et al. 2023).
 
     ``scales``: steps of grids and entries of tables are trained, too. ``bits``: price of a bit a weight (Self-compressing neural
     networks, Cséfalvay & Imber 2023). ``clusters``: softness of tables that are trained as clusters, in mean
@@ -63,6 +65,7 @@ class Recipe:
     theseus: float = 0.0
     gradual: float = 0.0
     shrink: int = 0
+    wid: bool = False
     cram: float = 0.0
     scales: bool = False
     bits: float = 0.0

@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from autocompress.deploy import deploy
 from autocompress.errors import Cancelled, TaskError, UsageError
 from autocompress.fitness import fitness, forward, logits
+from autocompress.inherit import Inheritance
 from autocompress.pairing import Hint, Pairing, pair, tapped, with_originals
 from autocompress.recipe import Recipe
 from autocompress.schedule import Schedule
@@ -93,8 +94,9 @@ def recover(
             f"Task {task.name!r} has no training data, so there is nothing to recover with; give it a train split."
         )
     recipe = settings.recipe
-    paired = recipe.features or recipe.attention or recipe.theseus or recipe.gradual or recipe.shrink
-    if paired and (pairing is None or (recipe.shrink and pairing.of is None)):
+    begun = recipe.shrink or recipe.wid
+    paired = recipe.features or recipe.attention or recipe.theseus or recipe.gradual or begun
+    if paired and (pairing is None or (begun and pairing.of is None)):
         raise UsageError(
             f"The recovery '{recipe}' needs a pairing of the live model with the original; give pair(...)."
         )
@@ -161,6 +163,8 @@ class _Training:
         self.weights = [p for p in self.model.parameters() if p.is_floating_point() and id(p) not in ids]
         for parameter in (*self.weights, *self.bits):
             parameter.requires_grad_(True)
+        self.inherited = Inheritance(self.model, self.weights, *pairing.of) if self.recipe.wid and pairing.of else None
+        self.stepped = self.inherited.parameters if self.inherited else self.weights
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.hints = pairing.hints if self.recipe.features or (self.recipe.attention and not pairing.maps) else ()
         self.maps = pairing.maps if self.recipe.attention else ()
@@ -172,7 +176,7 @@ class _Training:
 
     def run(self, progress: Callable[[int, int], None] | None, cancelled: Callable[[], bool] | None) -> fx.GraphModule:
         steps, recipe = self.settings.steps, self.recipe
-        rate = self.settings.learning_rate or polyak_rate(self._batch_loss, self.weights)
+        rate = self.settings.learning_rate or polyak_rate(self._batch_loss, self.weights, self._passed_on)
         if self.bits and not self.settings.learning_rate:
             rate = min(rate, BITS_RATE)
         optimizers, schedules = self._optimizers(rate)
@@ -221,16 +225,22 @@ class _Training:
             gradients = [_sum([a, b]) for a, b in zip(gradients, there, strict=True)]
         count = len(self.weights)
         for optimizer, given in zip(optimizers, gradients, strict=False):
-            for parameter, gradient in zip(self.weights, given[:count], strict=True):
+            for parameter, gradient in zip(self.stepped, self._passed_on(given[:count]), strict=True):
                 parameter.grad = gradient
-            nn.utils.clip_grad_norm_(self.weights, CLIP)
+            nn.utils.clip_grad_norm_(self.stepped, CLIP)
             optimizer.step()
+        if self.inherited:
+            self.inherited.merge()
         if self.bits:
             for parameter, gradient in zip(self.bits, _sum(gradients)[count:], strict=True):
                 parameter.grad = gradient
             optimizers[-1].step()
             for form, _ in learned(self.model):
                 form.width.data.clamp_(0, form.bits)
+
+    def _passed_on(self, gradients: Gradients) -> Gradients:
+        """Gradients of the weights as those of what is stepped."""
+        return self.inherited.passed_on(gradients) if self.inherited else gradients
 
     def _optimizers(self, rate: float) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.OneCycleLR]]:
         """One for the weights, or with ``dot`` one for each gradient; the last is that of learned bits, if there are any.
@@ -243,7 +253,7 @@ class _Training:
         schedules = []
         for m in (momentum + dot, momentum - dot) if dot else (momentum,):
             decay = 0.0 if optimizers else self.settings.weight_decay
-            sgd = torch.optim.SGD(self.weights, rate, m, weight_decay=decay, nesterov=True)
+            sgd = torch.optim.SGD(self.stepped, rate, m, weight_decay=decay, nesterov=True)
             span = 0.0 if dot else 0.05
             schedules.append(
                 torch.optim.lr_scheduler.OneCycleLR(
@@ -370,16 +380,21 @@ def _fitness(deployed: fx.GraphModule, task: Task, reference: Tensor) -> float:
         return fitness(task, forward(deployed, task, task.search), reference, task.search.targets)
 
 
-def polyak_rate(batch_loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) -> float:
+def polyak_rate(
+    batch_loss: Callable[[], Tensor],
+    parameters: Sequence[nn.Parameter],
+    passed_on: Callable[[Gradients], Gradients] = lambda gradients: gradients,
+) -> float:
     """A learning rate for short training: ``RATE_SHARE * loss / |gradient|^2``, averaged over a few batches.
 
     The step size of Polyak (1987, section 5.3) for a least loss of about zero, with clipping and momentum on top (Loizou et
-    al. 2021). A refitted model is near a minimum, and a rate fit for long training ends worse than it began.
+    al. 2021). A refitted model is near a minimum, and a rate fit for long training ends worse than it began. ``passed_on``:
+    gradients of the parameters as those of what is stepped in their place.
     """
     loss = squared = 0.0
     for _ in range(RATE_BATCHES):
         value = batch_loss()
-        gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+        gradients = passed_on(list(torch.autograd.grad(value, parameters, allow_unused=True)))
         norm = float(torch.stack([g.norm() for g in gradients if g is not None]).norm())
         loss, squared = loss + float(value.detach()), squared + norm * min(norm, CLIP)
     return min(MAX_RATE, max(MIN_RATE, RATE_SHARE * loss / squared)) if squared > 0 else MIN_RATE

@@ -31,6 +31,8 @@ RESEARCH_FAMILIES = (
     "w4-nearest",
     "w3-nearest",
     "w2-nearest",
+    "w4-udfc",
+    "w3-udfc",
     "sparse",
     "sparse-obc",
     "sparse-chita",

@@ -33,6 +33,7 @@ from autocompress.methods import (
     StaticInt8,
     TensorTrain,
     Tucker2,
+    UDFCQuant,
     WeightQuant,
     handler_of,
 )
@@ -57,6 +58,8 @@ ROUNDED: dict[str, tuple[WeightQuant, ...]] = {
     "w4-nearest": (WeightQuant(4, GROUP_4BIT, grid="full"),),
     "w3-nearest": (WeightQuant(3, GROUP_WIDE, grid="full"), WeightQuant(3, grid="full")),
     "w2-nearest": (WeightQuant(2, GROUP_WIDE, grid="full"), WeightQuant(2, grid="full")),
+    "w4-udfc": (UDFCQuant(4, GROUP_4BIT, grid="full"), UDFCQuant(4, grid="full")),
+    "w3-udfc": (UDFCQuant(3, GROUP_WIDE, grid="full"), UDFCQuant(3, grid="full")),
 }
 INT8: dict[str, StaticInt8] = {
     "int8": StaticInt8(),

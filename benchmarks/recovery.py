@@ -37,7 +37,7 @@ PLANS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "inner channels, half": (
         "channels",
         "inner",
-        ("logits", "labels,logits=0", "labels", "labels,dot", "features", "attention", "theseus", "shrink"),
+        ("logits", "labels,logits=0", "labels", "labels,dot", "features", "attention", "theseus", "shrink", "wid"),
     ),
     "90% sparse by magnitude": ("sparse-magnitude", "90% sparse by magnitude", ("logits", "gradual")),
     "2-bit weights, nearest": (

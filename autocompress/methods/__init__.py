@@ -5,6 +5,7 @@ from autocompress.methods.base import METHODS, LayerContext, LayerMethod, handle
 from autocompress.methods.billm import BiLLM
 from autocompress.methods.cur import CUR
 from autocompress.methods.datafree import UDFC
+from autocompress.methods.datafree_quant import UDFCQuant
 from autocompress.methods.factored import Factored
 from autocompress.methods.grouped import GroupedSVD
 from autocompress.methods.lookup import Lookup
@@ -43,6 +44,7 @@ __all__ = [
     "StaticInt8",
     "TensorTrain",
     "Tucker2",
+    "UDFCQuant",
     "WeightQuant",
     "handler_of",
 ]

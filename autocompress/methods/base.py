@@ -23,11 +23,13 @@ class LayerContext:
     """What a layer method may use: the Gram matrix of the layer's input, if one was calibrated, and the loss's curvature.
 
     ``gram``: ``X X^T / rows`` over the unfolded inputs with a last row of ones.  # (in * kh * kw + 1, same)
-    ``fisher``: of the layer's weight, for levels that ask for it.
+    ``fisher``: of the layer's weight, for levels that ask for it. ``expected``: mean and variance of the unfolded inputs as
+    weights alone tell them, for levels without data.  # (in * kh * kw,) both
     """
 
     gram: Tensor | None = None
     fisher: BlockFisher | None = None
+    expected: tuple[Tensor, Tensor] | None = None
     _hessians: dict[bool, Hessian] = field(default_factory=dict)
 
     def hessian(self, part: nn.Module, gram: Tensor | None) -> Hessian | None:

@@ -7,7 +7,7 @@ variances and means the batch norm's (the filter's and the bias where there is n
 ReLU stands behind it the moments are taken behind the ReLU, by quadrature; the published regression on filters is that of the
 linear case. Channels that several layers make have those layers' filters side by side, without a mean.
 
-The paper's other half, the same form for the error of quantized channels, is not here.
+The paper's other half, for the error of quantized channels, is ``datafree_quant.py``.
 """
 
 from __future__ import annotations
