@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from autocompress.hwprofiles.bench import Comparison, Timing, compare, measure_ms, node_profile
+from autocompress.hwprofiles.agent import describe_host
+from autocompress.hwprofiles.bench import Comparison, Latency, Timing, compare, measure_ms, measure_one, node_profile
+from autocompress.hwprofiles.device import Device
 from autocompress.hwprofiles.measure import (
     default_grid,
-    describe_host,
     exact_int8,
     fastest_int8,
     measure_default,
@@ -18,8 +19,10 @@ from autocompress.hwprofiles.profiles import known_profiles, load_profile, save_
 
 __all__ = [
     "Comparison",
+    "Device",
     "Entry",
     "HardwareProfile",
+    "Latency",
     "Layout",
     "Timing",
     "compare",
@@ -32,6 +35,7 @@ __all__ = [
     "measure_default",
     "measure_local",
     "measure_ms",
+    "measure_one",
     "node_profile",
     "noise_floor",
     "save_profile",
