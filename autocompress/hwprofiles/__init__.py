@@ -5,6 +5,8 @@ from __future__ import annotations
 from autocompress.hwprofiles.agent import describe_host
 from autocompress.hwprofiles.bench import Comparison, Latency, Timing, compare, measure_ms, measure_one, node_profile
 from autocompress.hwprofiles.device import Device
+from autocompress.hwprofiles.explanation import Explanation, explain
+from autocompress.hwprofiles.findings import Finding
 from autocompress.hwprofiles.measure import (
     default_grid,
     exact_int8,
@@ -16,11 +18,14 @@ from autocompress.hwprofiles.measure import (
 from autocompress.hwprofiles.predict import Layout
 from autocompress.hwprofiles.profile import Entry, HardwareProfile
 from autocompress.hwprofiles.profiles import known_profiles, load_profile, save_profile
+from autocompress.hwprofiles.targets import open_target
 
 __all__ = [
     "Comparison",
     "Device",
     "Entry",
+    "Explanation",
+    "Finding",
     "HardwareProfile",
     "Latency",
     "Layout",
@@ -29,6 +34,7 @@ __all__ = [
     "default_grid",
     "describe_host",
     "exact_int8",
+    "explain",
     "fastest_int8",
     "known_profiles",
     "load_profile",
@@ -38,5 +44,6 @@ __all__ = [
     "measure_one",
     "node_profile",
     "noise_floor",
+    "open_target",
     "save_profile",
 ]

@@ -253,6 +253,7 @@ class Agent:
     def _hello(self, request: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "protocol": PROTOCOL,
+            "pid": os.getpid(),
             "agent": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
             "python": platform.python_version(),
             "numpy": np.__version__,

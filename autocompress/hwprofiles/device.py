@@ -150,11 +150,11 @@ class Device:
 
     def __init__(self, link: Link) -> None:
         self._link, self._sent = link, set[str]()
-        self.hello: Mapping[str, Any] = self._call({"do": "hello"})
-        if self.hello["protocol"] != agent.PROTOCOL:
-            raise MeasurementError(
-                f"{self.name} speaks protocol {self.hello['protocol']}, this version {agent.PROTOCOL}; update it."
-            )
+        try:
+            self.hello: Mapping[str, Any] = self._call({"do": "hello"})
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Device:
         return self
@@ -230,7 +230,7 @@ class Device:
             if isinstance(model, Path):
                 return {"path": str(model), **name}
             return {"data": model, "model": hashlib.sha256(model).hexdigest(), **name}
-        data = model if isinstance(model, bytes) else _read(model)
+        data = model if isinstance(model, bytes) else read_model(model)
         digest = hashlib.sha256(data).hexdigest()
         if digest not in self._sent:
             self._guarded(lambda: self._link.put(digest, data))
@@ -267,7 +267,7 @@ def _trace(value: Mapping[str, Any]) -> Trace:
     return Trace(nodes, np.array(value["us"], np.float64).reshape(-1, len(nodes)))
 
 
-def _read(path: Path) -> bytes:
+def read_model(path: Path) -> bytes:
     """A model file as one piece, with the weights that it keeps in files beside it."""
     try:
         proto = onnx.load(path, load_external_data=False)
