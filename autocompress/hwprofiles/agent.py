@@ -279,9 +279,14 @@ class Agent:
             raise AgentError("A model is sent before it is timed, and this one was not.", "measurement")
         return str(path)
 
-    def _outputs(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
-        session = open_session(self._source(request), request["name"], 1, optimized=request["optimized"])
-        return [encode_array(array) for array in session.run(None, given_feeds(session, request["inputs"]))]
+    def _outputs(self, request: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
+        """What each model computes on the same inputs."""
+        found = []
+        for plan in request["models"]:
+            session = open_session(self._source(plan), plan["name"], 1, optimized=request["optimized"])
+            arrays = session.run(None, given_feeds(session, request["inputs"]))
+            found.append([encode_array(array) for array in arrays])
+        return found
 
     def _lane(self, plan: Mapping[str, Any], trace: str) -> Lane:
         key = json.dumps({k: plan.get(k) for k in ("model", "path", "threads", "batch", "seed")})

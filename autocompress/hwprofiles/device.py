@@ -212,10 +212,13 @@ class Device:
         quiet = np.array(value["quiet"], np.bool_).reshape(-1, turns)
         return Rounds(ns, quiet, tuple(value["order"]), value["opened"], traces)
 
-    def outputs(self, model: Model, inputs: Feeds, *, optimized: bool = True) -> list[npt.NDArray[Any]]:
-        """What the model computes there, with all of ONNX Runtime's optimizations or none."""
-        request = {"do": "outputs", "optimized": optimized, **self._where(model), "inputs": _encoded(inputs)}
-        return [agent.decode_array(value) for value in self._call(request)]
+    def outputs(
+        self, models: Sequence[Model], inputs: Feeds, *, optimized: bool = True
+    ) -> list[list[npt.NDArray[Any]]]:
+        """What each model computes there, with all of ONNX Runtime's optimizations or none."""
+        plans = [self._where(model) for model in models]
+        request = {"do": "outputs", "optimized": optimized, "models": plans, "inputs": _encoded(inputs)}
+        return [[agent.decode_array(value) for value in values] for values in self._call(request)]
 
     def _plan(self, lane: Lane) -> dict[str, Any]:
         fields = {k: v for k, v in lane.__dict__.items() if k not in ("model", "inputs")}

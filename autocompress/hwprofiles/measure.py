@@ -261,17 +261,18 @@ def exact_int8(device: Device | None = None) -> tuple[Int8Format, ...]:
 
 @functools.lru_cache(maxsize=8)
 def _exact_int8(device: Device) -> tuple[Int8Format, ...]:
-    found: list[Int8Format] = []
-    for form in get_args(Int8Format):
+    forms: tuple[Int8Format, ...] = get_args(Int8Format)
+    models = []
+    for form in forms:
         graph = GraphBuilder((1, 64, 4, 4), form)
         y = graph.conv(graph.quantize("x", "in"), "conv", (64, 64), (3, 3), form="int8")
         graph.output(graph.quantize(y, "out"))
-        model = graph.build()
-        x = np.full((1, 64, 4, 4), 255 * SCALE, np.float32)  # the largest activations there are
-        plain, optimized = (device.outputs(model, {"x": x}, optimized=on)[0] for on in (False, True))
-        if np.abs(plain - optimized).max() < 1.5 * SCALE:  # a rounding may fall on either side
-            found.append(form)
-    return tuple(found)
+        models.append(graph.build())
+    x = np.full((1, 64, 4, 4), 255 * SCALE, np.float32)  # the largest activations there are
+    plain, optimized = (device.outputs(models, {"x": x}, optimized=on) for on in (False, True))
+    # A rounding may fall on either side.
+    exact = [float(np.abs(a - b).max()) < 1.5 * SCALE for (a,), (b,) in zip(plain, optimized, strict=True)]
+    return tuple(form for form, right in zip(forms, exact, strict=True) if right)
 
 
 def fastest_int8(

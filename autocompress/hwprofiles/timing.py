@@ -82,13 +82,14 @@ def time_kernels(
     out. ``samples`` are filled, where given, and ``tick`` is told of them and of how many kernels are done."""
     end = time.perf_counter() + seconds
     samples = samples or Samples()
-    overhead, done = run_overhead_ns(setting.threads, setting.device), 0
+    before, overhead, done = len(samples.kernels), run_overhead_ns(setting.threads, setting.device), 0
     for chunk in _chunks(kernels, setting.batch):
         left = end - time.perf_counter()
-        if left <= 0 and samples.kernels:
+        first = len(samples.kernels) == before  # a call that has time for nothing measures one chunk all the same
+        if left <= 0 and not first:
             break
         share = max(left, 0.0) * len(chunk) / (len(kernels) - done)
-        limit = max(left, 0.0) if samples.kernels else FOREVER
+        limit = FOREVER if first else max(left, 0.0)
         probes = [probe for k in chunk if (probe := build_probe(k, setting.batch, setting.int8))]
         if probes:
             _run_chunk(probes, setting, samples, overhead, (share, max(left, 0.0), limit))

@@ -62,7 +62,8 @@ class SshLink:
             start_new_session=True,
         )
         self._lines: queue.Queue[bytes] = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
     @property
     def pid(self) -> int:
@@ -73,12 +74,10 @@ class SshLink:
         """The value of the agent's reply."""
         self._number += 1
         pipe = self._process.stdin
-        try:
-            assert pipe is not None
+        assert pipe is not None
+        with contextlib.suppress(OSError):  # the agent may have left a last word
             pipe.write(json.dumps({"id": self._number, **request}).encode() + b"\n")
             pipe.flush()
-        except (OSError, ValueError):
-            pass  # the agent may have left a last word
         while True:
             try:
                 line = self._lines.get(timeout=PATIENCE)
@@ -102,15 +101,21 @@ class SshLink:
 
     def close(self) -> None:
         """Ask the agent to stop; end the client when it does not."""
-        with contextlib.suppress(OSError, ValueError):
-            if self._process.stdin and self._process.poll() is None:
-                self._process.stdin.write(b'{"id": 0, "do": "stop"}\n')
-                self._process.stdin.close()
+        if self._messages.closed:
+            return
+        pipe, stream = self._process.stdin, self._process.stdout
+        assert pipe is not None and stream is not None
+        with contextlib.suppress(OSError):
+            pipe.write(b'{"id": 0, "do": "stop"}\n')
+        with contextlib.suppress(OSError):
+            pipe.close()
         try:
             self._process.wait(_ENDING_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._listener.join()
+        stream.close()
         self._messages.close()
 
     def _push(self) -> str:
@@ -144,11 +149,22 @@ class SshLink:
         """One sentence for an agent that has ended."""
         code = self._process.wait()
         self._messages.seek(0)
-        reason = _last_line(self._messages.read()) or f"ssh ended with code {code}"
+        reason = _last_line(self._messages.read())
         if code == 127 or _TOO_OLD in reason:
             return _needs(self.name, self._python, reason)
-        what = "The connection was cut" if code in (255, -9, -15) else "The agent ended"
-        return f"{self.name} vanished while it was measured. {what} ({reason}); the same command goes on from what is kept."
+        # ssh ends with 255 for an agent that was killed, too, but has nothing to say about it then.
+        killed = code == 255 and not reason
+        what = (
+            "The agent was killed"
+            if killed
+            else "The connection was cut"
+            if code in (255, -9, -15)
+            else "The agent ended"
+        )
+        return (
+            f"{self.name} vanished while it was measured. {what} ({reason or f'ssh ended with code {code}'}); the same "
+            "command goes on from what is kept."
+        )
 
 
 class AdbLink:
