@@ -217,6 +217,7 @@ def files(folder: Path) -> list[Path]:
 
 
 class TestSsh:
+    @pytest.mark.slow
     def test_gives_a_profile_that_loads(self, far: str, tmp_path: Path) -> None:
         with open_target(far, sys.executable) as device:
             profile = measure_local(KERNELS[:6], seconds=1.0, device=device, name="far")
@@ -276,6 +277,7 @@ class TestSsh:
         with pytest.raises(MeasurementError, match="cannot be reached"):
             open_target(far.replace(getpass.getuser(), "nobody-of-this-name"))
 
+    @pytest.mark.slow
     def test_no_onnxruntime_and_no_python(self, far: str, bare_python: str) -> None:
         with pytest.raises(
             MeasurementError, match=r"needs Python 3\.10 with numpy and onnxruntime on ssh://.*No module"
@@ -296,9 +298,16 @@ class TestSsh:
             measure.measure_default(minutes=0.01, device=device)
         assert files(tmp_path / "home") == []
 
-    def test_nothing_runs_on_after_the_end(self, far: str) -> None:
+    @pytest.mark.parametrize("busy", [False, True])
+    def test_nothing_runs_on_after_the_end(self, far: str, busy: bool) -> None:
+        def interrupt(done: int) -> None:
+            raise KeyboardInterrupt
+
         with open_target(far, sys.executable) as device:
             pids = ssh_pid(device), agent_pid(device)
+            if busy:
+                with pytest.raises(KeyboardInterrupt):
+                    device.rounds([Lane(MODEL)], seconds=600, least=1, most=10**9, report=interrupt)
         for pid in pids:
             for _ in range(100):
                 if not Path(f"/proc/{pid}").exists():
@@ -344,6 +353,7 @@ class TestAdb:
                 measure_one(MODEL, inputs={"x": np.zeros((1, 3, 4, 4), np.float32)}, seconds=0.1, device=device)
         assert files(phone) == [], "what was pushed is removed"
 
+    @pytest.mark.slow
     def test_unplugged_in_the_middle_it_keeps_what_it_has(self, phone: Path) -> None:
         with open_target("adb://phone", sys.executable) as device:
             unfinished = started(device)

@@ -29,8 +29,8 @@ Target = Annotated[
 Python = Annotated[
     str, typer.Option("--python", metavar="PATH", help="The interpreter on another machine; default: python3.")
 ]
-Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of one run.")]
-Batch = Annotated[int, typer.Option("--batch", min=1, help="Examples of one run.")]
+RunThreads = Annotated[int, typer.Option("--threads", min=1, help="Threads of one run.")]
+RunBatch = Annotated[int, typer.Option("--batch", min=1, help="Examples of one run.")]
 JobName = Annotated[str, typer.Argument(help="A job's id or the start of it, or the folder of a run.")]
 Budgets = Annotated[
     list[str],

@@ -31,8 +31,8 @@ def measure(
     target: o.Target = "local",
     python: o.Python = "",
     minutes: Annotated[float, typer.Option("--minutes", help="How long it may take; longer is finer.")] = 10.0,
-    threads: o.Threads = 1,
-    batch: o.Batch = 1,
+    threads: o.RunThreads = 1,
+    batch: o.RunBatch = 1,
     as_json: o.Json = False,
 ) -> None:
     """Measure this machine, or another one.

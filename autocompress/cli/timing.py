@@ -27,8 +27,8 @@ def bench(
     target: o.Target = "local",
     python: o.Python = "",
     seconds: Seconds = 10.0,
-    threads: o.Threads = 1,
-    batch: o.Batch = 1,
+    threads: o.RunThreads = 1,
+    batch: o.RunBatch = 1,
     as_json: o.Json = False,
 ) -> None:
     """Say how fast an ONNX file is, and whether it is faster than another.
@@ -44,9 +44,8 @@ def bench(
     with quiet_stdout():
         from autocompress.hwprofiles import compare, measure_one, open_target
 
+        found: Comparison | Latency
         with open_target(target, python) as device:
-            settings = {"batch": batch, "threads": threads, "seconds": seconds}
-            found: Comparison | Latency
             if against is not None:
                 found = compare(model, against, batch=batch, threads=threads, seconds=seconds, device=device)
             else:
@@ -61,7 +60,10 @@ def bench(
         f"Two sessions of the same file differ by {low - 1:+.1%} to {high - 1:+.1%} here (95 % interval): the noise floor.",
         markup=False,
     )
-    out.print(", ".join(f"{key} {value}" for key, value in (settings | where).items()), markup=False)
+    out.print(
+        f"{where['device']}, ONNX Runtime {where['onnxruntime']}, {threads} thread(s), batch {batch}, {found.seconds:g} s",
+        markup=False,
+    )
 
 
 def explain(
@@ -70,8 +72,8 @@ def explain(
     target: o.Target = "local",
     python: o.Python = "",
     seconds: Seconds = 5.0,
-    threads: o.Threads = 1,
-    batch: o.Batch = 1,
+    threads: o.RunThreads = 1,
+    batch: o.RunBatch = 1,
     as_json: o.Json = False,
 ) -> None:
     """Say why an ONNX file is not faster than its original.

@@ -47,7 +47,7 @@ class SshLink:
 
     def __init__(self, host: str, port: int | None = None, python: str = "python3") -> None:
         self.name = f"ssh://{host}" + (f":{port}" if port else "")
-        self._python, self._number = python, 0
+        self._python, self._number, self._busy = python, 0, False
         alive = ("-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3")
         limits = ("-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}")
         self._ssh = (_client("ssh"), "-T", *limits, *alive, *(("-p", str(port)) if port else ()), "--", host)
@@ -73,6 +73,7 @@ class SshLink:
     def call(self, request: dict[str, Any], report: Callable[[int], None]) -> Any:
         """The value of the agent's reply."""
         self._number += 1
+        self._busy = True
         pipe = self._process.stdin
         assert pipe is not None
         with contextlib.suppress(OSError):  # the agent may have left a last word
@@ -92,6 +93,7 @@ class SshLink:
                 if "progress" in reply:
                     report(reply["progress"])
                 else:
+                    self._busy = False
                     return _value(reply, self.name, self._python)
 
     def put(self, digest: str, data: bytes) -> None:
@@ -100,9 +102,11 @@ class SshLink:
         self.call(request, lambda done: None)
 
     def close(self) -> None:
-        """Ask the agent to stop; end the client when it does not."""
+        """Ask the agent to stop; end the client when it does not, or is in the middle of something."""
         if self._messages.closed:
             return
+        if self._busy:  # the agent notices at its next word, which comes within about a second
+            self._process.kill()
         pipe, stream = self._process.stdin, self._process.stdout
         assert pipe is not None and stream is not None
         with contextlib.suppress(OSError):

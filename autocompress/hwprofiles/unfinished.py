@@ -64,4 +64,5 @@ class Unfinished:
 
 
 def _kernel(fields: Mapping[str, Any]) -> Kernel:
-    return Kernel(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    return Kernel(**values)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from functools import cached_property
 
 import onnx
@@ -11,7 +10,7 @@ import onnx
 from autocompress.hwprofiles.device import Node
 
 COMPUTE = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_BYTES = {onnx.TensorProto.UINT8: "u8", onnx.TensorProto.INT8: "s8"}
+_BYTES: dict[int, str] = {onnx.TensorProto.UINT8: "u8", onnx.TensorProto.INT8: "s8"}
 _OPTIMIZER = re.compile(r"(_nchwc|_token_\d+|/duplicated|_MatMulNBits|/MatMulScaleFusion)+$")
 
 
@@ -26,7 +25,7 @@ class Written:
         for node in graph.node:
             for name in node.input:
                 self.consumers.setdefault(name, []).append(node)
-        self.initializers = {tensor.name: tensor for tensor in graph.initializer}
+        self.initializers: dict[str, onnx.TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
         self._order = list(graph.node)
 
     def source(self, node: Node) -> onnx.NodeProto | None:
@@ -83,8 +82,8 @@ class Written:
     @cached_property
     def inner_edges(self) -> set[str]:
         """Names of the changes of format on activations that lie between int8 layers: none at the model's borders."""
-        before = self._reached(self._order, lambda n: n.input, lambda n: n.output, "DequantizeLinear")
-        after = self._reached(self._order[::-1], lambda n: n.output, lambda n: n.input, "QuantizeLinear")
+        before = self._reached("DequantizeLinear", forwards=True)
+        after = self._reached("QuantizeLinear", forwards=False)
         edges = [n for n in self._order if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
         return {
             n.name or n.output[0]
@@ -93,12 +92,12 @@ class Written:
             and ((n.input[0] in before) if n.op_type == "QuantizeLinear" else (n.output[0] in after))
         }
 
-    def _reached(self, order: Iterable[onnx.NodeProto], read: object, write: object, start: str) -> set[str]:
-        """Tensors that lie behind a change of format ``start`` on activations, in the order given."""
-        assert callable(read) and callable(write)
+    def _reached(self, start: str, *, forwards: bool) -> set[str]:
+        """Tensors that lie behind (or before) a change of format ``start`` on activations."""
         found: set[str] = set()
-        for node in order:
+        for node in self._order if forwards else self._order[::-1]:
+            near, far = (node.input, node.output) if forwards else (node.output, node.input)
             starts = node.op_type == start and not self.is_weight(node.output[0])
-            if starts or any(name in found for name in read(node)):
-                found.update(write(node))
+            if starts or any(name in found for name in near):
+                found.update(far)
         return found
