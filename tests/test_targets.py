@@ -18,13 +18,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from autocompress.cli import app
 from autocompress.errors import MeasurementError, UsageError
 from autocompress.hwprofiles import (
     HardwareProfile,
     Layout,
     agent,
     compare,
+    load_profile,
     measure,
     measure_local,
     measure_one,
@@ -239,6 +242,18 @@ class TestSsh:
                 measure_one(AGENT, seconds=0.1, device=device)
             assert measure_one(path, seconds=0.1, device=device).runs >= 10  # a refusal ends nothing
 
+    @pytest.mark.slow
+    def test_from_the_command_line(self, far: str, tmp_path: Path) -> None:
+        (tmp_path / "model.onnx").write_bytes(MODEL)
+        there = ["--target", far, "--python", sys.executable, "--json"]
+        timed = CliRunner().invoke(app, ["bench", str(tmp_path / "model.onnx"), "--seconds", "0.1", *there])
+        assert timed.exit_code == 0 and json.loads(timed.stdout)["target"] == far
+        measured = CliRunner().invoke(app, ["profile", "measure", "--name", "far", "--minutes", "0.01", *there])
+        assert measured.exit_code == 0, measured.output
+        assert files(tmp_path / "home") == [tmp_path / "home" / "profiles" / "far.json"]
+        assert load_profile("far").how["target"] == far
+
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("who", "says"), [(ssh_pid, "The connection was cut"), (agent_pid, "The agent was killed")]
     )

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import platform
+import statistics
 import sys
 import tempfile
 import time
@@ -230,7 +231,7 @@ class Lane:
         self._runs += self._settle + self._count
         self.counted.append(self._runs - 1)
         ns = [run[0] for run in runs]
-        return float(min(ns) if self._fastest else np.median(ns)), all(run[1] for run in runs)
+        return min(ns) if self._fastest else statistics.median(ns), all(run[1] for run in runs)
 
 
 class Agent:

@@ -16,7 +16,7 @@ import numpy as np
 
 from autocompress.errors import UsageError
 from autocompress.hwprofiles.device import Device, Feeds, FloatArray, Lane, Model, Rounds, Trace, local_device
-from autocompress.hwprofiles.statistics import middle_mean
+from autocompress.hwprofiles.robust import middle_mean
 
 MARGIN = 0.03
 """Differences below this are never called: memory placement alone makes two sessions of one file differ so much."""

@@ -13,7 +13,7 @@ from autocompress.hwprofiles.bench import Comparison, compare, node_trace
 from autocompress.hwprofiles.device import Device, Model, local_device, read_model
 from autocompress.hwprofiles.findings import Finding, Profiled, Scene, find
 from autocompress.hwprofiles.measure import fastest_int8
-from autocompress.hwprofiles.statistics import middle_mean
+from autocompress.hwprofiles.robust import middle_mean
 from autocompress.hwprofiles.timing import MAX_EXCESS_NS, run_overhead_ns
 from autocompress.hwprofiles.written import Written
 

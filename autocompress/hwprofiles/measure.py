@@ -17,7 +17,7 @@ from autocompress.hwprofiles.device import Device, FloatArray, Lane, local_devic
 from autocompress.hwprofiles.predict import Layout
 from autocompress.hwprofiles.profile import Entry, HardwareProfile
 from autocompress.hwprofiles.references import residual_network
-from autocompress.hwprofiles.statistics import middle_mean
+from autocompress.hwprofiles.robust import middle_mean
 from autocompress.hwprofiles.timing import (
     MAX_ROUNDS,
     MIN_ROUNDS,

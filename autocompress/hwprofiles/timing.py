@@ -22,7 +22,7 @@ from autocompress.hwprofiles.device import Device, FloatArray, Lane, Rounds, loc
 from autocompress.hwprofiles.predict import FLOOR_NS
 from autocompress.hwprofiles.probes import REPEATS, Probe, build_probe
 from autocompress.hwprofiles.references import residual_network
-from autocompress.hwprofiles.statistics import middle_mean
+from autocompress.hwprofiles.robust import middle_mean
 from autocompress.types import Int8Format, Kernel
 
 CHUNK = 32
@@ -179,6 +179,6 @@ def run_overhead_ns(threads: int, device: Device | None = None) -> float:
     """Nanoseconds of a run that computes next to nothing: one ReLU of 16 numbers."""
     graph = GraphBuilder((1, 16))
     graph.output(graph.node("Relu", ["x"], "relu"))
-    lane = Lane(graph.build(), threads, warm_up=100, slow_ns=0.0)
-    rounds = (device or local_device()).rounds([lane], seconds=0.0, least=500, most=500)
-    return middle_mean(rounds.lane(0))
+    # One turn: what Python does between turns would cool the caches.
+    lane = Lane(graph.build(), threads, warm_up=100, slow_ns=0.0, turn_ns=FOREVER, turn_most=500)
+    return float((device or local_device()).rounds([lane], seconds=0.0, least=1, most=1).ns[0, 0])
