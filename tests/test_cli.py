@@ -27,6 +27,7 @@ from autocompress.cli.docs import render, verbs
 from autocompress.dashboard.front import read_front
 from autocompress.deliver import replay_command
 from autocompress.hwprofiles import Entry, HardwareProfile
+from autocompress.hwprofiles.references import residual_network
 from autocompress.results import JobResult
 from autocompress.service.store import JobStore
 from autocompress.types import Kernel
@@ -381,7 +382,25 @@ def test_profile_list_and_show(tmp_path: Path) -> None:
     assert document("submit", *args)["request"]["profiles"] == {"toy": str(tmp_path / "toy.json")}
 
 
+def test_bench_and_explain(tmp_path: Path) -> None:
+    small, large = (tmp_path / f"{name}.onnx" for name in ("small", "large"))
+    small.write_bytes(residual_network([(16, 16)], size=8)[0])
+    large.write_bytes(residual_network([(16, 16)] * 8, size=8)[0])
+    one = document("bench", str(small), "--seconds", "0.2")
+    assert 0 < one["p50_ms"] <= one["p90_ms"] <= one["p99_ms"] and one["against"] is None
+    assert "noise floor" in call("bench", str(small), "--seconds", "0.2").stdout
+    two = document("bench", str(large), "--against", str(small), "--seconds", "0.3")
+    assert two["verdict"] == "slower" and two["target"] == "local"
+    why = document("explain", str(large), "--against", str(small), "--seconds", "0.2")
+    assert {"speed", "findings", "ops"} <= set(why)
+    assert "operator" in call("explain", str(large), "--against", str(small), "--seconds", "0.2").stdout
+    assert "must exist, got 'absent.onnx'" in refused("bench", "absent.onnx")
+    assert "seconds > 0" in refused("bench", str(small), "--seconds", "0")
+    assert "A target is local, ssh" in refused("bench", str(small), "--target", "phone")
+
+
 def test_profile_measure_refusals() -> None:
+    assert "name the profile of adb://x with --name" in refused("profile", "measure", "--target", "adb://x")
     assert "names a .json file" in refused("profile", "measure", "--out", "a.txt")
     assert "--minutes is more than 0" in refused("profile", "measure", "--minutes", "0")
 

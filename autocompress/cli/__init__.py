@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from autocompress import __version__
-from autocompress.cli import jobs, packing, profiles, run, tools
+from autocompress.cli import jobs, packing, profiles, run, timing, tools
 from autocompress.cli.console import Group
 from autocompress.cli.demo import demo
 
@@ -59,6 +59,8 @@ app.command()(run.diagnose)
 app.command()(jobs.cancel)
 app.command()(run.export)
 app.command()(tools.check)
+app.command()(timing.bench)
+app.command()(timing.explain)
 app.command()(packing.pack)
 app.command()(packing.unpack)
 app.add_typer(profiles.profile_app, name="profile")

@@ -23,6 +23,17 @@ TaskSpec = Annotated[
     str,
     typer.Argument(help="digits, cifar10:resnet20, lm:FOLDER, path/to/file.py:factory or package.module:factory."),
 ]
+Target = Annotated[
+    str,
+    typer.Option(
+        "--target", metavar="DEVICE", help="local, ssh://user@host[:port], adb://serial; profiles also cuda, cuda:N."
+    ),
+]
+Python = Annotated[
+    str, typer.Option("--python", metavar="PATH", help="The interpreter on another machine; default: python3.")
+]
+RunThreads = Annotated[int, typer.Option("--threads", min=1, help="Threads of one run.")]
+RunBatch = Annotated[int, typer.Option("--batch", min=1, help="Examples of one run.")]
 JobName = Annotated[str, typer.Argument(help="A job's id or the start of it, or the folder of a run.")]
 Budgets = Annotated[
     list[str],

@@ -28,30 +28,56 @@ def measure(
     out_file: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="A JSON file; default: kept under its name.")
     ] = None,
+    target: o.Target = "local",
+    python: o.Python = "",
     minutes: Annotated[float, typer.Option("--minutes", help="How long it may take; longer is finer.")] = 10.0,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of one run.")] = 1,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Examples of one run.")] = 1,
+    threads: o.RunThreads = 1,
+    batch: o.RunBatch = 1,
+    precision: Annotated[
+        str, typer.Option("--precision", help="Of a GPU's floats: float32, tf32, float16 or bfloat16.")
+    ] = "float16",
     as_json: o.Json = False,
 ) -> None:
-    """Measure this machine.
+    """Measure this machine, its GPU, or another machine.
 
-    Without it, '@local' measures only the shapes of the model at hand. Leave the machine alone meanwhile.
+    Without it, '@local' measures only the shapes of the model at hand. Leave the machine alone meanwhile. Cut short, the
+    same command goes on where it stopped.
 
     \b
     Example:
       autocompress profile measure --name laptop --minutes 10
+      autocompress profile measure --name pi --target ssh://pi@raspberry --minutes 10
+      autocompress profile measure --name gpu --target cuda --precision float16 --minutes 2
     """
     if out_file is not None and out_file.suffix != ".json":
         raise UsageError(f"--out names a .json file, got {str(out_file)!r}.")
+    if target != "local" and name == "local":
+        raise UsageError(f"'local' is this machine; name the profile of {target} with --name.")
     if not 0 < minutes < float("inf"):
         raise UsageError(f"--minutes is more than 0, got {minutes:g}.")
     with quiet_stdout(), StageProgress() as bar:
-        from autocompress.hwprofiles import measure_default, save_profile
+        from autocompress.hwprofiles import measure_default, open_target, save_profile
 
         def tell(done: int, total: int) -> None:
             bar(Progress(stage="profile", done=done, total=total))
 
-        profile = measure_default(minutes=minutes, threads=threads, batch=batch, progress=tell, name=name)
+        if target.partition(":")[0] == "cuda":
+            from autocompress.hwprofiles.cuda import cuda_grid, measure_cuda
+
+            profile = measure_cuda(
+                cuda_grid(),
+                device=target,
+                precision=precision,
+                batch=batch,
+                seconds=60 * minutes,
+                progress=tell,
+                name=name,
+            )
+        else:
+            with open_target(target, python) as device:
+                profile = measure_default(
+                    minutes=minutes, threads=threads, batch=batch, progress=tell, name=name, device=device
+                )
         path = save_profile(profile, out_file)
     if as_json:
         print_json({"path": str(path), **summary(profile)})

@@ -8,24 +8,22 @@ bootstrap interval (Efron & Tibshirani 1993, percentile method).
 from __future__ import annotations
 
 import math
-import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from autocompress.errors import UsageError
-from autocompress.hwprofiles.sessions import Feeds, middle_mean, open_session, random_feeds, read_trace, timer
+from autocompress.hwprofiles.device import Device, Feeds, FloatArray, Lane, Model, Rounds, Trace, local_device
+from autocompress.hwprofiles.robust import middle_mean
 
-FloatArray = npt.NDArray[np.float64]
 MARGIN = 0.03
 """Differences below this are never called: memory placement alone makes two sessions of one file differ so much."""
 MIN_ROUNDS, MAX_ROUNDS, _RESAMPLES = 10, 400, 2000
-_TURN_NS, _SLOW_NS = 2e6, 2e7
+_MOST_RUNS = 2000
+_TURN_NS = 2e6
+"""A turn's counted runs, and the uncounted ones before them, take so long (at most 16 runs)."""
 
 
 @dataclass(frozen=True)
@@ -81,24 +79,59 @@ class Timing:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
+@dataclass(frozen=True)
+class Latency:
+    """One model's milliseconds: percentiles of single runs, the median's 95 % bootstrap interval, and the host's noise.
+
+    ``noise``: the interval of the ratio of a second session of the same model to it. ``disturbed``: share of runs during
+    which another process had the core.
+    """
+
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    interval_ms: tuple[float, float]
+    noise: tuple[float, float]
+    disturbed: float
+    runs: int
+    threads: int
+    batch: int
+    seconds: float
+    seed: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @property
+    def sentence(self) -> str:
+        """The numbers in words."""
+        low, high = self.interval_ms
+        return (
+            f"{self.p50_ms:.3g} ms in the median (95 % interval {low:.3g}-{high:.3g}), 90 % of runs within "
+            f"{self.p90_ms:.3g} ms and 99 % within {self.p99_ms:.3g} ms"
+        )
+
+
 def compare(
-    candidate: Path | bytes,
-    baseline: Path | bytes,
+    candidate: Model,
+    baseline: Model,
     *,
     inputs: Feeds | None = None,
     batch: int = 1,
     threads: int = 1,
     seconds: float = 10,
     seed: int = 0,
+    device: Device | None = None,
 ) -> Comparison:
-    """Time two ONNX models against each other for about ``seconds``.
+    """Time two ONNX models against each other for about ``seconds``, on this machine unless ``device`` is given.
 
     ``inputs``: name -> array for both models; random ones are made where it is ``None``. Faster or slower is said only
     where the ratio's whole interval lies outside the baseline's own noise and a margin of 3 %. Raises ``UsageError``
     for models that cannot be loaded or run.
     """
     models = [baseline, candidate, baseline]
-    times = _rounds(models, inputs, batch, threads, seconds, seed)  # (n_rounds, 3)
+    times = _times(models, inputs, batch, threads, seconds, seed, device)  # (n_rounds, 3)
     low, high = _interval(times[:, 1] / times[:, 0], seed)
     noise = _interval(times[:, 2] / times[:, 0], seed)
     band = max(math.log(1 + MARGIN), abs(math.log(noise[0])), abs(math.log(noise[1])))
@@ -122,20 +155,21 @@ def compare(
 
 
 def measure_ms(
-    models: Sequence[Path | bytes],
-    reference: Path | bytes,
+    models: Sequence[Model],
+    reference: Model,
     *,
     inputs: Feeds | None = None,
     batch: int = 1,
     threads: int = 1,
     seconds: float = 10,
     seed: int = 0,
+    device: Device | None = None,
 ) -> list[Timing]:
     """Time several ONNX models at once, each as its median ratio to ``reference`` in the same rounds.
 
     About ``seconds`` altogether. Raises ``UsageError`` for models that cannot be loaded or run.
     """
-    times = _rounds([reference, *models], inputs, batch, threads, seconds, seed)  # (n_rounds, 1 + n_models)
+    times = _times([reference, *models], inputs, batch, threads, seconds, seed, device)  # (n_rounds, 1 + n_models)
     base = float(np.median(times[:, 0])) / 1e6
     found = []
     for i in range(1, times.shape[1]):
@@ -145,23 +179,77 @@ def measure_ms(
     return found
 
 
+def measure_one(
+    model: Model,
+    *,
+    inputs: Feeds | None = None,
+    batch: int = 1,
+    threads: int = 1,
+    seconds: float = 10,
+    seed: int = 0,
+    device: Device | None = None,
+) -> Latency:
+    """Time one ONNX model for about ``seconds``: every run counts, so that the percentiles are those of runs.
+
+    A second session of the same model takes turns with it; what differs between the two is the host's noise.
+    """
+    _check(threads, batch, seconds)
+    lane = Lane(model, threads, batch, seed, inputs, warm_up=10, slow_ns=0.0)
+    rounds = (device or local_device()).rounds(
+        [lane, lane], order=[0, 1, 1, 0], seconds=seconds, least=MIN_ROUNDS, most=_MOST_RUNS
+    )
+    turns = np.array(rounds.order) == 0
+    runs = rounds.ns[:, turns].ravel() / 1e6  # (n_rounds * 2,)
+    p50, p90, p99 = np.percentile(runs, [50, 90, 99])
+    return Latency(
+        p50_ms=float(p50),
+        p90_ms=float(p90),
+        p99_ms=float(p99),
+        interval_ms=_interval(runs, seed),
+        noise=_interval(rounds.lane(1) / rounds.lane(0), seed),
+        disturbed=float(1 - rounds.quiet[:, turns].mean()),
+        runs=len(runs),
+        threads=threads,
+        batch=batch,
+        seconds=seconds,
+        seed=seed,
+    )
+
+
+def node_trace(
+    model: Model,
+    *,
+    inputs: Feeds | None = None,
+    batch: int = 1,
+    threads: int = 1,
+    runs: int = 30,
+    seed: int = 0,
+    device: Device | None = None,
+) -> tuple[Trace, Rounds]:
+    """The profiler's nodes and their µs in each run; lane 1 of the rounds is the same model without the profiler."""
+    _check(threads, batch, 1.0)
+    lanes = [Lane(model, threads, batch, seed, inputs, trace=traced) for traced in (True, False)]
+    count = max(runs, 3)
+    rounds = (device or local_device()).rounds(lanes, seconds=0.0, least=count, most=count)
+    return rounds.traces[0], rounds
+
+
 def node_profile(
-    model: Path | bytes, *, inputs: Feeds | None = None, batch: int = 1, threads: int = 1, runs: int = 30, seed: int = 0
+    model: Model,
+    *,
+    inputs: Feeds | None = None,
+    batch: int = 1,
+    threads: int = 1,
+    runs: int = 30,
+    seed: int = 0,
+    device: Device | None = None,
 ) -> list[tuple[str, str, float]]:
     """(node, operator, microseconds) of the optimized graph in the order it runs, from ONNX Runtime's profiler.
 
     Nodes carry about 3 µs of the profiler's own time; use it to compare nodes, and :func:`compare` for totals.
     """
-    _check(threads, batch, 1.0)
-    with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
-        session = open_session(model, threads, Path(folder) / "trace")
-        once = timer(session, _feeds(session, inputs, batch, seed), threads)
-        for _ in range(max(runs, 3)):
-            once()
-        traced = read_trace(session)[1:]
-    nodes = [(event.name, event.op) for event in traced[0]]
-    times = np.array([[event.us for event in run] for run in traced])  # (n_runs, n_nodes)
-    return [(name, op, middle_mean(times[:, i])) for i, (name, op) in enumerate(nodes)]
+    trace, _ = node_trace(model, inputs=inputs, batch=batch, threads=threads, runs=runs, seed=seed, device=device)
+    return [(node.name, node.op, middle_mean(trace.us[:, i])) for i, node in enumerate(trace.nodes)]
 
 
 def _check(threads: int, batch: int, seconds: float) -> None:
@@ -172,50 +260,26 @@ def _check(threads: int, batch: int, seconds: float) -> None:
         )
 
 
-def _feeds(session: Any, inputs: Feeds | None, batch: int, seed: int) -> Feeds:
-    if inputs is None:
-        return random_feeds(session, batch, seed)
-    names = [value.name for value in session.get_inputs()]
-    missing = [name for name in names if name not in inputs]
-    if missing:
-        raise UsageError(
-            f"The model needs inputs {', '.join(names)}; {', '.join(missing)} is missing from those given."
-        )
-    return {name: inputs[name] for name in names}
-
-
-def _rounds(
-    models: Sequence[Path | bytes], inputs: Feeds | None, batch: int, threads: int, seconds: float, seed: int
+def _times(
+    models: Sequence[Model],
+    inputs: Feeds | None,
+    batch: int,
+    threads: int,
+    seconds: float,
+    seed: int,
+    device: Device | None,
 ) -> FloatArray:
     """Nanoseconds of each model in each round, the mean of its two turns.  # (n_rounds, n_models)"""
     _check(threads, batch, seconds)
-    sessions = [open_session(model, threads) for model in models]
-    turns = [_turn(timer(s, _feeds(s, inputs, batch, seed), threads)) for s in sessions]
+    usual = Lane(
+        b"", threads, batch, seed, inputs, warm_up=5, settle_ns=_TURN_NS, settle_most=16, turn_ns=_TURN_NS, turn_most=16
+    )
+    lanes = [replace(usual, model=model) for model in models]
     order = list(range(len(models)))
-    end, rows = time.perf_counter() + seconds, list[list[float]]()
-    while len(rows) < MIN_ROUNDS or (time.perf_counter() < end and len(rows) < MAX_ROUNDS):
-        row = [0.0] * len(models)
-        for i in order + order[::-1]:
-            row[i] += turns[i]() / 2
-        rows.append(row)
-    return np.array(rows)
-
-
-def _turn(once: Callable[[], tuple[float, bool]]) -> Callable[[], float]:
-    """One model's turn in a round: the median of as many runs as make 2 ms, after as long a warm-up.
-
-    The warm-up (none from 20 ms a run on) matters because the others have just filled the caches with what is theirs.
-    """
-    usual = float(np.median([once()[0] for _ in range(5)]))
-    runs = int(min(max(_TURN_NS / usual, 1), 16))
-    warm_up = runs if usual < _SLOW_NS else 0
-
-    def turn() -> float:
-        for _ in range(warm_up):
-            once()
-        return float(np.median([once()[0] for _ in range(runs)]))
-
-    return turn
+    rounds = (device or local_device()).rounds(
+        lanes, order=order + order[::-1], seconds=seconds, least=MIN_ROUNDS, most=MAX_ROUNDS
+    )
+    return np.column_stack([rounds.lane(i) for i in order])
 
 
 def _interval(ratios: FloatArray, seed: int) -> tuple[float, float]:

@@ -25,7 +25,7 @@ from autocompress.hwprofiles.measure import Progress, default_grid, measuring_or
 from autocompress.hwprofiles.predict import FLOOR_NS, Layout
 from autocompress.hwprofiles.probes import pads_of
 from autocompress.hwprofiles.profile import Entry, HardwareProfile
-from autocompress.hwprofiles.sessions import middle_mean
+from autocompress.hwprofiles.robust import middle_mean
 from autocompress.types import Format, Kernel
 
 GpuPrecision = Literal["float32", "tf32", "float16", "bfloat16"]
@@ -68,7 +68,7 @@ def measure_cuda(
     kernels: Sequence[Kernel],
     *,
     device: str = "cuda",
-    precision: GpuPrecision = "float16",
+    precision: str = "float16",
     batch: int = 1,
     seconds: float = 60,
     progress: Progress | None = None,
@@ -89,7 +89,7 @@ def measure_cuda(
             f"torch {torch.__version__} sees no GPU to measure; install a build of torch with CUDA, or name another target."
         )
     start = time.perf_counter()
-    bench = Bench(device, precision, batch)
+    bench = Bench(device, cast(GpuPrecision, precision), batch)
     layout = bench.layout()
     wanted = [kernel for kernel in measuring_order(kernels, layout) if bench.operator(kernel) is not None]
     if not wanted:

@@ -16,7 +16,7 @@ import numpy as np
 from onnx import TensorProto
 
 from autocompress.hwprofiles.builder import GraphBuilder
-from autocompress.hwprofiles.sessions import NodeEvent
+from autocompress.hwprofiles.device import NodeEvent
 from autocompress.types import Int8Format, Kernel
 
 HARNESS = 16

@@ -3,34 +3,32 @@
 The profiler makes every node look about 3 µs slower than it is. So each probe has two sessions, one profiled and one
 not: the profiled one tells how the time is shared out, the plain one what the sum really is. Their difference, spread
 evenly over the nodes, is subtracted. Drift of the host (clock, neighbours) is divided out by a reference network that
-runs in every round.
+runs in every round. The rounds themselves are the agent's.
 """
 
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
+from autocompress.hwprofiles.agent import FOREVER
 from autocompress.hwprofiles.builder import GraphBuilder
+from autocompress.hwprofiles.device import Device, FloatArray, Lane, Rounds, local_device
 from autocompress.hwprofiles.predict import FLOOR_NS
 from autocompress.hwprofiles.probes import REPEATS, Probe, build_probe
 from autocompress.hwprofiles.references import residual_network
-from autocompress.hwprofiles.sessions import NodeEvent, middle_mean, open_session, random_feeds, read_trace, timer
+from autocompress.hwprofiles.robust import middle_mean
 from autocompress.types import Int8Format, Kernel
 
-FloatArray = npt.NDArray[np.float64]
 CHUNK = 32
 """Kernels whose sessions are open at the same time, at most."""
 CHUNK_BYTES = 400e6
-_SLOW_NS, _SETTLE_NS = 2e7, 5e5
+_SETTLE_NS = 5e5
 WARM_UP, MIN_ROUNDS, MAX_ROUNDS = 2, 6, 100
 _REFERENCE = ((16, 16), (16, 16), (32, 32), (32, 32))
 MAX_EXCESS_NS = 8_000.0
@@ -45,41 +43,22 @@ class Timed:
     interval: float
 
 
-class Clock:
-    """A small reference network that is timed in every round; its time is the unit of all others."""
+@dataclass
+class Samples:
+    """What was measured so far: of each kernel its nanoseconds and the clock's in each undisturbed round, and every
+    tick of the clock (a small reference network, timed in every round: the unit of all others)."""
 
-    def __init__(self, threads: int) -> None:
-        session = open_session(residual_network(_REFERENCE, size=16)[0], threads)
-        self._once = timer(session, random_feeds(session, 1), threads)
-        for _ in range(20):
-            self._once()
-        self.ticks: list[float] = []
-
-    def tick(self) -> float:
-        """Nanoseconds of the reference now: the fastest of three runs."""
-        value = min(self._once()[0] for _ in range(3))
-        self.ticks.append(value)
-        return value
+    kernels: dict[Kernel, tuple[FloatArray, FloatArray]] = field(default_factory=dict)
+    ticks: list[float] = field(default_factory=list)  # ns
 
     @property
     def usual(self) -> float:
-        """Its median over all rounds so far."""
+        """The clock's median over all rounds so far, in nanoseconds."""
         return float(np.median(self.ticks))
 
-
-@dataclass
-class _Running:
-    """One probe while it is measured: a profiled and a plain session, and what they gave."""
-
-    probe: Probe
-    traced: ort.InferenceSession
-    run_traced: Callable[[], tuple[float, bool]]
-    run_plain: Callable[[], tuple[float, bool]]
-    settle: int = 1
-    """Uncounted runs before each counted one: other sessions have left cold caches, which a network has not."""
-    traced_quiet: list[bool] = field(default_factory=list)  # one a round, and so are these:
-    plain: list[float] = field(default_factory=list)  # ns
-    plain_quiet: list[bool] = field(default_factory=list)
+    def times(self) -> dict[Kernel, Timed]:
+        """Each kernel's time where the clock takes its usual."""
+        return {k: _summary(ns / ticks * self.usual) for k, (ns, ticks) in self.kernels.items()}
 
 
 @dataclass(frozen=True)
@@ -89,28 +68,34 @@ class Setting:
     threads: int = 1
     batch: int = 1
     int8: Int8Format = "u8u8"
+    device: Device = field(default_factory=local_device)
 
 
 def time_kernels(
-    kernels: Sequence[Kernel], setting: Setting, seconds: float, tick: Callable[[int], None] = lambda done: None
-) -> tuple[dict[Kernel, Timed], Clock]:
+    kernels: Sequence[Kernel],
+    setting: Setting,
+    seconds: float,
+    tick: Callable[[Samples, int], None] = lambda samples, done: None,
+    samples: Samples | None = None,
+) -> Samples:
     """The times of as many of ``kernels`` (most important first) as ``seconds`` allow; those without a probe are left
-    out. ``tick`` is told how many are done."""
+    out. ``samples`` are filled, where given, and ``tick`` is told of them and of how many kernels are done."""
     end = time.perf_counter() + seconds
-    clock, found = Clock(setting.threads), dict[Kernel, tuple[FloatArray, FloatArray]]()
-    overhead, done = run_overhead_ns(setting.threads), 0
-    with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
-        for chunk in _chunks(kernels, setting.batch):
-            left = end - time.perf_counter()
-            if left <= 0 and found:
-                break
-            stop = time.perf_counter() + max(left, 0.0) * len(chunk) / (len(kernels) - done)
-            running = list(_open(chunk, setting, Path(folder), end if found else math.inf))
-            if running:
-                found |= _run_chunk(running, clock, overhead, stop, end)
-            done += len(chunk)
-            tick(done)
-    return {k: _summary(samples / ticks * clock.usual) for k, (samples, ticks) in found.items()}, clock
+    samples = samples or Samples()
+    before, overhead, done = len(samples.kernels), run_overhead_ns(setting.threads, setting.device), 0
+    for chunk in _chunks(kernels, setting.batch):
+        left = end - time.perf_counter()
+        first = len(samples.kernels) == before  # a call that has time for nothing measures one chunk all the same
+        if left <= 0 and not first:
+            break
+        share = max(left, 0.0) * len(chunk) / (len(kernels) - done)
+        limit = FOREVER if first else max(left, 0.0)
+        probes = [probe for k in chunk if (probe := build_probe(k, setting.batch, setting.int8))]
+        if probes:
+            _run_chunk(probes, setting, samples, overhead, (share, max(left, 0.0), limit))
+        done += len(chunk)
+        tick(samples, done)
+    return samples
 
 
 def _chunks(kernels: Sequence[Kernel], batch: int) -> Iterator[list[Kernel]]:
@@ -129,61 +114,58 @@ def _chunks(kernels: Sequence[Kernel], batch: int) -> Iterator[list[Kernel]]:
         yield chunk
 
 
-def _open(chunk: Sequence[Kernel], setting: Setting, folder: Path, end: float) -> Iterator[_Running]:
-    """The chunk's sessions, as far as ``end`` allows."""
-    for i, kernel in enumerate(chunk):
-        probe = build_probe(kernel, setting.batch, setting.int8) if time.perf_counter() < end else None
-        if probe is None:
-            continue
-        traced = open_session(probe.model, setting.threads, folder / f"trace{i}")
-        plain = open_session(probe.model, setting.threads)
-        feeds = random_feeds(plain, 1)
-        runs = timer(traced, feeds, setting.threads), timer(plain, feeds, setting.threads)
-        slowest = max(once()[0] for _ in range(WARM_UP - 1) for once in runs)
-        yield _Running(probe, traced, *runs, settle=int(np.clip(_SETTLE_NS / slowest, slowest < _SLOW_NS, 4)))
+def clock_lane(threads: int) -> Lane:
+    """The reference network: the fastest of three runs, in a session that stays open."""
+    model = residual_network(_REFERENCE, size=16)[0]
+    return Lane(model, threads, keep=True, warm_up=20, slow_ns=0.0, turn_ns=FOREVER, turn_most=3, statistic="min")
 
 
 def _run_chunk(
-    chunk: list[_Running], clock: Clock, overhead: float, stop: float, end: float
-) -> dict[Kernel, tuple[FloatArray, FloatArray]]:
-    """Rounds over all sessions until ``stop``, at least ``MIN_ROUNDS`` unless ``end`` passes; ns and ticks a round."""
-    ticks: list[float] = []
-    while len(ticks) < MAX_ROUNDS:
-        now = time.perf_counter()
-        if (len(ticks) >= MIN_ROUNDS and now > stop) or (len(ticks) >= 3 and now > end):
-            break
-        ticks.append(clock.tick())
-        for running in chunk:
-            for _ in range(running.settle):
-                running.run_traced()
-            running.traced_quiet.append(running.run_traced()[1])
-            for _ in range(running.settle):
-                running.run_plain()
-            ns, quiet = running.run_plain()
-            running.plain.append(ns)
-            running.plain_quiet.append(quiet)
-    rounds = np.array(ticks)
-    return {r.probe.kernel: _per_round(r, rounds, overhead) for r in chunk}
+    probes: Sequence[Probe],
+    setting: Setting,
+    samples: Samples,
+    overhead: float,
+    limits: tuple[float, float, float],
+) -> None:
+    """Rounds over a chunk's probes, each profiled and plain; ``limits`` are seconds of the rounds, of at least three of
+    them, and of opening."""
+    # Uncounted runs before each counted one: other sessions have left cold caches, which a network has not.
+    pairs = [
+        Lane(p.model, setting.threads, trace=traced, warm_up=WARM_UP - 1, settle_ns=_SETTLE_NS, settle_most=4)
+        for p in probes
+        for traced in (True, False)
+    ]
+    rounds = setting.device.rounds(
+        [clock_lane(setting.threads), *pairs],
+        seconds=limits[0],
+        least=MIN_ROUNDS,
+        most=MAX_ROUNDS,
+        at_most=limits[1],
+        open_within=limits[2],
+        opening_counts=True,
+    )
+    ticks = rounds.lane(0)
+    samples.ticks += ticks.tolist()
+    for i, probe in enumerate(probes[: (rounds.opened - 1) // 2]):
+        samples.kernels[probe.kernel] = _per_round(probe, rounds, 1 + 2 * i, overhead)
 
 
-def _per_round(running: _Running, ticks: FloatArray, overhead: float) -> tuple[FloatArray, FloatArray]:
+def _per_round(probe: Probe, rounds: Rounds, lane: int, overhead: float) -> tuple[FloatArray, FloatArray]:
     """Nanoseconds of one copy of the kernel in each undisturbed round, and the clock's.  # (n_rounds,), (n_rounds,)"""
-    runs: list[list[NodeEvent]] = read_trace(running.traced)[WARM_UP:][running.settle :: 1 + running.settle]
-    costs = np.array([running.probe.cost(run) for run in runs])  # (n_rounds, 2): µs, nodes
-    sums = np.array([sum(e.us for e in run) for run in runs]) * 1e3
+    trace, ticks = rounds.traces[lane], rounds.lane(0)
+    costs = np.array([probe.cost(run) for run in trace.runs])  # (n_rounds, 2): µs, nodes
     scale = ticks / ticks.mean()
-    traced, plain = _enough(running.traced_quiet), _enough(running.plain_quiet)
+    traced, plain = _enough(rounds.undisturbed(lane)), _enough(rounds.undisturbed(lane + 1))
     # One number a probe: in a single round the difference is too noisy.
-    total = middle_mean((np.array(running.plain) / scale)[plain]) - overhead
-    excess = (middle_mean((sums / scale)[traced]) - total) / len(runs[0])
+    total = middle_mean((rounds.lane(lane + 1) / scale)[plain]) - overhead
+    excess = (middle_mean((trace.us.sum(axis=1) * 1e3 / scale)[traced]) - total) / len(trace.nodes)
     ns = costs[:, 0] * 1e3 - costs[:, 1] * float(np.clip(excess, 0.0, MAX_EXCESS_NS))
     return ns[traced], ticks[traced]
 
 
-def _enough(quiet: list[bool]) -> npt.NDArray[np.bool_]:
+def _enough(quiet: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """The undisturbed rounds, or all of them where fewer than three are."""
-    mask = np.array(quiet)
-    return mask if mask.sum() >= 3 else np.ones_like(mask)
+    return quiet if quiet.sum() >= 3 else np.ones_like(quiet)
 
 
 def _summary(samples: FloatArray) -> Timed:
@@ -193,12 +175,10 @@ def _summary(samples: FloatArray) -> Timed:
     return Timed(ns, float(1.57 * (high - low) / np.sqrt(len(samples)) / ns))
 
 
-def run_overhead_ns(threads: int) -> float:
+def run_overhead_ns(threads: int, device: Device | None = None) -> float:
     """Nanoseconds of a run that computes next to nothing: one ReLU of 16 numbers."""
     graph = GraphBuilder((1, 16))
     graph.output(graph.node("Relu", ["x"], "relu"))
-    session = open_session(graph.build(), threads)
-    once = timer(session, random_feeds(session, 1), threads)
-    for _ in range(100):
-        once()
-    return middle_mean([once()[0] for _ in range(500)])
+    # One turn: what Python does between turns would cool the caches.
+    lane = Lane(graph.build(), threads, warm_up=100, slow_ns=0.0, turn_ns=FOREVER, turn_most=500)
+    return float((device or local_device()).rounds([lane], seconds=0.0, least=1, most=1).ns[0, 0])
