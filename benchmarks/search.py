@@ -22,7 +22,7 @@ from problems import PROBLEMS, Setting, make, one
 
 from autocompress.types import Plan
 
-MAIN = ("auto", "evopress", "exact", "amc", "bayes", "random", "uniform")
+MAIN = ("auto", "evopress", "evopress-fast", "exact", "amc", "bayes", "random", "uniform")
 
 TITLE = "Controllers at equal CPU time: mean KL to the original's answers"
 COLUMNS = [

@@ -25,7 +25,8 @@ from autocompress.hwprofiles.profiles import SHIPPED
 from autocompress.types import Kernel
 
 ROOT = Path(__file__).parents[1]
-DATA = sorted(SHIPPED.glob("*.json"))
+MEASURED = sorted(SHIPPED.glob("h200*.json"))
+DATA = sorted(set(SHIPPED.glob("*.json")) - set(MEASURED))
 
 
 def conv(c_in: int, c_out: int, size: int = 8, window: int = 3, **fields: Any) -> Kernel:
@@ -131,6 +132,21 @@ class TestShipped:
         assert profile.explains([known, attention, int8]) == {"attention float", "conv dense 1x1 int8"}
         assert profile.relative_error([known, attention]) > profile.expected_error
         assert profile.predict_ns([int8])[0] == profile.predict_ns([known])[0]  # no speed-up is promised
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
+def test_a_measured_gpu_says_how_good_it_is(path: Path) -> None:
+    profile = load_profile(path.stem)
+    assert profile.name == path.stem and not profile.fitted and profile.device == "NVIDIA H200"
+    assert profile.how["precision"] in profile.runtime and profile.how["accuracy"]["networks"] == 30
+    assert 0 < profile.expected_error < 0.3
+    assert HardwareProfile.from_json(profile.to_json()) == profile
+    assert path.stat().st_size < 300_000
+    narrow, wide = profile.predict_ns([conv(16, 16, 8, 3), conv(256, 256, 56, 3)])
+    assert 1000 < narrow < wide
+    assert profile.explains([conv(16, 16, 32, 3), Kernel("conv", (8, 8, 8), (8, 8, 8), format="int8")]) == {
+        next(iter(profile.explains([Kernel("conv", (8, 8, 8), (8, 8, 8), format="int8")])))
+    }
 
 
 def test_every_device_that_has_data_is_shipped() -> None:

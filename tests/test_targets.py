@@ -126,10 +126,16 @@ class TestAgent:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "remote", "ssh://", "ssh://-oProxyCommand=x", "ssh://a b", "ssh://host:port", "adb://", "adb://-s", "cuda"],
+    ["", "remote", "ssh://", "ssh://-oProxyCommand=x", "ssh://a b", "ssh://host:port", "adb://", "adb://-s", "cudas"],
 )
 def test_other_targets_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="A target is local, ssh"):
+        open_target(text)
+
+
+@pytest.mark.parametrize("text", ["cuda", "cuda:1"])
+def test_a_gpu_is_a_target_of_profiles_alone(text: str) -> None:
+    with pytest.raises(UsageError, match="profile measure"):
         open_target(text)
 
 

@@ -26,6 +26,8 @@ NOISE = 1e-3
 """A gain of this share of a loss is nothing: other images would say otherwise."""
 FORMATS = 8
 """The formats that most layers offer: each makes a start."""
+SAMPLED = 48
+"""One-site plans, at most one a site, that are judged first where sites are of several kinds."""
 FILLS = 8
 """Switches that use up what a candidate leaves of the limits."""
 
@@ -93,6 +95,18 @@ class Auto(Evolution):
         known = [e for e in self.known if e.fidelity == "full" and self.tables.fits([e.plan], self.targets[0])[0]]
         best = [*_by_loss(found)[:1], *_by_loss(known)[: self.promoted]]
         yield from self._judge([e.plan for e in best], "full")
+        if len({site.kind == "layer" for site in self.space.sites}) == 2:
+            yield from self._sample()
+
+    def _sample(self) -> Asking:
+        """Where layers choose formats and groups choose widths, no plan that is plain to see is a good start: some one-site
+        losses, and what the table model makes of them."""
+        zero = self._dense_losses()[0]
+        plans = [plan for plans in self.one_site.passes()[:1] for plan in plans][:SAMPLED]
+        for half in (plans[: len(plans) // 2], plans[len(plans) // 2 :]):
+            for evaluation in (yield from self._judge(half, "slice")):
+                self.one_site.record(evaluation.plan, fitness(evaluation) - zero)
+            yield from self._ask_targets(self.one_site.losses(), [0], quick=True)
 
     def _plain(self, limit: IntArray) -> list[Plan]:
         """The mildest plans within limits that go equally far at every site, or have one format and go equally far elsewhere;

@@ -4,12 +4,14 @@ It learns from single slices of the search split, each loss divided by how hard 
 different examples tell of each other. All of it happens in roots of losses: to second order a divergence is a squared length.
 
 The kernel is a squared exponential over levels coded as thermometers: two levels of one method are as far apart as there are
-levels between them, levels of different methods as far as both are from dense. Its length scale and its noise are the likeliest.
+levels between them, levels of different methods as far as both are from dense. How much of each level all layers have together
+counts, too: what a format costs in one layer tells of the others. Its length scale and its noise are the likeliest.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -33,7 +35,9 @@ class Process:
     """``orders``: levels of each site from the costliest to the most saving."""
 
     def __init__(self, space: SearchSpace, orders: Sequence[Sequence[int]]) -> None:
-        self.codes = [_thermometer(space, site, order) for site, order in enumerate(orders)]
+        scales = [_scales(space, site, order) for site, order in enumerate(orders)]
+        self.codes = [_thermometer(n, found) for n, found in zip(space.n_levels, scales, strict=True)]
+        self.common = _common(space, scales, self.codes)
         self.coded: FloatArray | None = None
 
     def fit(self, observed: Observations) -> None:
@@ -69,7 +73,9 @@ class Process:
 
     def _coded(self, plans: Sequence[Plan]) -> FloatArray:
         chosen = np.asarray(plans, np.int64).reshape(len(plans), -1)
-        return np.concatenate([code[chosen[:, site]] for site, code in enumerate(self.codes)], axis=1)
+        own = [code[chosen[:, site]] for site, code in enumerate(self.codes)]
+        common: list[FloatArray] = [code[chosen[:, site]] for site, code in self.common.items()]
+        return np.concatenate([*own, np.sum(common, axis=0)] if common else own, axis=1)
 
 
 def mean_roots(observed: Observations) -> dict[Plan, tuple[float, int]]:
@@ -97,20 +103,45 @@ def _square(roots: FloatArray) -> FloatArray:
     return squares
 
 
-def _thermometer(space: SearchSpace, site: int, order: Sequence[int]) -> FloatArray:
-    """Digits of each level: those of one method count up in the order of saving, dense has none.  # (n_levels, n_digits)"""
+def _scales(space: SearchSpace, site: int, order: Sequence[int]) -> list[list[int]]:
+    """Levels by method, in the order of saving; dense has none."""
     scales: dict[tuple[str, ...], list[int]] = {}
     for level in order:
         steps = space.levels[site][level].steps
         if steps:
             scales.setdefault(tuple(type(step).__name__ for step in steps), []).append(level)
-    code = np.zeros((space.n_levels[site], sum(map(len, scales.values()))))
+    return list(scales.values())
+
+
+def _thermometer(n_levels: int, scales: Sequence[Sequence[int]]) -> FloatArray:
+    """Digits of each level: those of one method count up in the order of saving.  # (n_levels, n_digits)"""
+    code = np.zeros((n_levels, sum(map(len, scales))))
     start = 0
-    for levels in scales.values():
+    for levels in scales:
         for i, level in enumerate(levels):
             code[level, start : start + i + 1] = len(levels) ** -0.5
         start += len(levels)
     return code
+
+
+def _common(
+    space: SearchSpace, scales: Sequence[Sequence[Sequence[int]]], codes: Sequence[FloatArray]
+) -> dict[int, FloatArray]:
+    """Digits to be added up over layers, one for each level that any of them offers: all layers at it are 1 from none.
+
+    # site -> (n_levels, n_common)
+    """
+    layers = [s for s, site in enumerate(space.sites) if site.kind == "layer"]
+    names = {s: [space.levels[s][level].hash for levels in scales[s] for level in levels] for s in layers}
+    counts = Counter(name for found in names.values() for name in found)
+    columns = {name: i for i, name in enumerate(counts)}
+    common = {}
+    for s in layers:
+        select = np.zeros((len(names[s]), len(columns)))
+        for digit, name in enumerate(names[s]):
+            select[digit, columns[name]] = counts[name] ** -0.5
+        common[s] = codes[s] @ select
+    return common
 
 
 def _distances(one: FloatArray, two: FloatArray) -> FloatArray:

@@ -24,9 +24,9 @@ PREFIX = "lm:"
 Ids = npt.NDArray[np.integer]
 WINDOW = 256
 """Tokens of a window where the ids do not come in windows; a shorter context of the model is kept to."""
-N_CALIBRATION, N_SEARCH, N_SLICE = 64, 32, 8
-"""Windows: 16,384 tokens of statistics, 8,192 that judge a candidate, 2,048 that rank it."""
-BATCH = 8
+N_CALIBRATION, N_SEARCH, N_SLICE = 64, 32, 2
+"""Windows: 16,384 tokens of statistics, 8,192 that judge a candidate, 512 that rank it: every candidate on others."""
+BATCH = 2
 IGNORED = -100
 """Target of a window's last position, whose next token lies outside."""
 

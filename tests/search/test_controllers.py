@@ -67,6 +67,7 @@ def test_names() -> None:
         "conditional",
         "evolution",
         "evopress",
+        "evopress-fast",
         "exact",
         "genetic",
         "gradient",

@@ -14,6 +14,10 @@ class TestEvoPress(ControllerContract):
     name = "evopress"
 
 
+class TestEvoPressFast(ControllerContract):
+    name = "evopress-fast"
+
+
 def built(space: SearchSpace = LARGE, share: float = 0.5, **toy: object) -> tuple[EvoPress, ToyLoss]:
     costs, budgets, evaluator = problem(space, share, **toy)
     return EvoPress(space, costs, budgets, 0), evaluator

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from toys import ToyCosts, chain, space_of
 
+from autocompress.methods import Sparse
 from autocompress.search import CONTROLLERS, ParetoFront, run
 from autocompress.search.process import Process, mean_roots
 from autocompress.search.tables import FloatArray, all_plans
-from autocompress.types import Budget, Evaluation, Objective, Plan, Query, SearchSpace
+from autocompress.types import Budget, Evaluation, Level, Objective, Plan, Query, SearchSpace, Site
 
 SPACE = space_of(4, 3, 5, 4, 3, 4)
 ORDERS = [list(range(n)) for n in SPACE.n_levels]
@@ -149,3 +150,33 @@ def test_auto_starts_from_what_is_known() -> None:
     best = evaluator.search(130)
     known = [evaluator.one(q) for q in evaluator.asked]
     assert evaluator.search(15, 1, known) <= best < evaluator.search(15, 1)
+
+
+def formats(n: int) -> SearchSpace:
+    """Layers that all offer the same three levels."""
+    kinds = [Level(), *(Level((Sparse(share),)) for share in (0.5, 0.7, 0.9))]
+    sites = tuple(Site(f"layer:{i}", "layer", (f"{i}",), 1, (), 1, 1) for i in range(n))
+    return SearchSpace(sites, (tuple(kinds),) * n)
+
+
+def test_what_a_level_costs_in_some_layers_tells_of_the_others() -> None:
+    """Losses by level alone: layers that no plan has touched are predicted from those that were."""
+    space = formats(12)
+    process = Process(space, [list(range(4))] * 12)
+    price = np.array([0.0, 0.01, 0.05, 0.4])
+    rng = np.random.default_rng(0)
+    plans = [tuple(int(v) for v in np.where(np.arange(12) < 6, rng.integers(0, 4, 12), 0)) for _ in range(40)]
+    process.fit([{plan: float(price[list(plan)].sum()) for plan in plans}])
+    elsewhere = [(0,) * 6 + (level,) * 6 for level in range(4)]
+    found = process.predict(elsewhere)[0]
+    assert list(np.argsort(found)) == [0, 1, 2, 3], "six layers that were always dense"
+    assert found[3] > 3 * max(found[1], 0.01)
+    apart = Process(space, [list(range(4))] * 12)
+    apart.common = {}
+    apart.fit([{plan: float(price[list(plan)].sum()) for plan in plans}])
+    alone = apart.predict(elsewhere)[0]
+    assert np.ptp(alone) < 0.5 * np.ptp(found), "without what they have in common nothing is known there"
+
+
+def test_groups_have_no_level_in_common() -> None:
+    assert not Process(SPACE, ORDERS).common
