@@ -24,7 +24,7 @@ STAGE_WORDS: dict[Stage, str] = {
     "task": "loading the task",
     "graph": "finding the sites",
     "database": "building the level database",
-    "profile": "measuring this device",
+    "profile": "taking the latency profile of the device",
     "search": "searching",
     "refit": "refitting the front",
     "recover": "distilling plans near the budgets",
