@@ -19,7 +19,13 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("AUTOCOMPRESS_HOME", str(config.rootpath / ".pytest_cache" / "autocompress"))
 
 
+LONGEST = ("demo", "pipeline", "resumed", "warm", "race", "workers", "lm", "tasks", "fitted")
+"""Files that take minutes: they begin, or one process is left alone with them at the end."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    names = [f"test_{name}.py" for name in LONGEST]
+    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
     if os.environ.get("AUTOCOMPRESS_DATA"):
         return
     skip = pytest.mark.skip(reason="needs the folders named by AUTOCOMPRESS_DATA")
