@@ -12,6 +12,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -314,6 +315,11 @@ class ModelEvaluator:
         violation, seconds = self.violation(costs, values), float(known["seconds"])
         slices = tuple(math.nan if loss is None else float(loss) for loss in known.get("slices", ()))
         return Evaluation(query.plan, query.fidelity, values, costs, violation, seconds, cached, query.part, slices)
+
+    def priced(self, evaluation: Evaluation) -> Evaluation:
+        """The same with today's costs, and the violation that they make."""
+        costs = self.costs.in_units(evaluation.plan)
+        return replace(evaluation, costs=costs, violation=self.violation(costs, dict(evaluation.values)))
 
     def violation(self, costs: dict[str, float], values: dict[str, float]) -> float:
         """Sum of the budgets' relative violations; quality budgets count only once quality is known."""

@@ -24,6 +24,7 @@ from autocompress.diagnose import diagnose
 from autocompress.errors import BudgetUnmet, Cancelled, InfeasibleBudget, StoreError, UsageError, VerificationError
 from autocompress.evaluate import Measurer, ModelEvaluator
 from autocompress.files import make_folder, write_json, write_text
+from autocompress.hwprofiles import recalibrated
 from autocompress.inherit import uninherited
 from autocompress.ledger import JobLedger, NoLedger, Shared, Start, started
 from autocompress.models import Models
@@ -34,7 +35,18 @@ from autocompress.results import Diagnosis, JobResult, LedgerRow, Progress, Race
 from autocompress.search import CONTROLLERS, ParetoFront, Polish, Racer, check_feasible, racers, run_race
 from autocompress.search import run as run_search
 from autocompress.tasks import Task
-from autocompress.types import METRICS, Budget, Controller, Evaluation, Fidelity, Ledger, Objective, Plan, Query
+from autocompress.types import (
+    FIDELITIES,
+    METRICS,
+    Budget,
+    Controller,
+    Evaluation,
+    Fidelity,
+    Ledger,
+    Objective,
+    Plan,
+    Query,
+)
 from autocompress.verify import BudgetCheck, Certificate, certificate_of
 from autocompress.where import Where
 from autocompress.workers import LocalWorkers, Opening, RayWorkers, workers_of
@@ -62,8 +74,10 @@ SLOWER = 1.03
 """A file that takes this much longer than the original, timed in the same rounds, is slower."""
 SENSITIVITY_SHARE, LEAST_SENSITIVITY = 4, 24
 """One-site plans that are judged for the sensitivity map, beside those that the search knows: one in so many evaluations."""
-SPARE = 0.98
-"""After predictions proved too low, the search aims this much below the corrected limit."""
+CORRECTIONS = 3
+"""How often the profile may be corrected by what plans took, and the search go on."""
+SPARE, ROOM = 0.98, 0.94
+"""After predictions proved too low, the search aims this much below the limit, and one plan below that again."""
 
 
 class _Stages:
@@ -186,10 +200,7 @@ class _Run:
             else:
                 self._search(self.field[0], self.budgets)
         self._refit()
-        deliveries = self._timed(self._chosen())
-        if sum(self._holds(d) for d in deliveries) < RECOVERED:
-            deliveries = self._correct(deliveries)
-        deliveries = self._recover(deliveries)
+        deliveries = self._recover(self._correct(self._timed(self._chosen())))
         return self._finish(deliveries)
 
     # ------------------------------------------------------------ steps
@@ -376,34 +387,56 @@ class _Run:
         return all(b.violation(delivery.value(b.key)) == 0 for b in self.budgets if not METRICS[b.metric].quality)
 
     def _correct(self, deliveries: list[Delivery]) -> list[Delivery]:
-        """Too few plans hold the budgets as measured, though others were predicted to: correct the prediction by what they
-        took, and search once more."""
-        promised = [d for d in deliveries if self._cheap_enough(d.evaluation) and not self._holds(d)]
-        if not promised:
-            return deliveries
-        ratio = max(d.measured[LOCAL] / d.evaluation.costs[LOCAL] for d in promised)
-        tight = [
-            Budget(b.metric, b.limit * SPARE / ratio, False, b.device) if b.key == LOCAL else b for b in self.budgets
+        """While too few plans hold the budgets as measured, though others were predicted to: what was measured corrects the
+        profile, and the search goes on."""
+        for _ in range(CORRECTIONS):
+            promised = [d for d in deliveries if self._cheap_enough(d.evaluation) and not self._holds(d)]
+            if not promised or self.made.profiles["local"].laws or sum(self._holds(d) for d in deliveries) >= RECOVERED:
+                break
+            off = max(d.measured[LOCAL] / d.evaluation.costs[LOCAL] for d in promised) - 1
+            self.notes.append(
+                f"Measured latency was up to {off:.0%} above the prediction, so the search went on with a corrected profile."
+            )
+            deliveries = self._corrected(deliveries)
+            with self.stages.at("search", "again, under the corrected latency"):
+                tight = [replace(b, limit=b.limit * SPARE) if b.key == LOCAL else b for b in self.budgets]
+                try:
+                    check_feasible(self.made.space, self.made.costs, tight)
+                except InfeasibleBudget:
+                    break
+                self._search(self.field[0], tight)
+            new = self._untimed(tight, {d.evaluation.plan for d in deliveries})
+            with self.stages.at("refit", f"{len(new)} plans"):
+                judged = self._judge(new, "refitted")
+            deliveries = self._timed(judged, deliveries)
+        return deliveries
+
+    def _corrected(self, deliveries: list[Delivery]) -> list[Delivery]:
+        """The same with the costs that a profile corrected by them predicts, as all that was judged has from now on."""
+        made, profile = self.made, self.made.profiles["local"]
+        timed = [
+            (made.space.dense, made.dense_costs[LOCAL]),
+            *((d.evaluation.plan, d.measured[LOCAL]) for d in deliveries),
         ]
-        self.notes.append(
-            f"Measured latency was up to {ratio - 1:.0%} above the prediction, so the search went on under a tighter limit."
-        )
-        with self.stages.at("search", "again, under the corrected latency"):
-            try:
-                check_feasible(self.made.space, self.made.costs, tight)
-            except InfeasibleBudget:
-                return deliveries
-            self._search(self.field[0], tight)
-        known = {d.evaluation.plan for d in deliveries}
-        inside = [
-            e
-            for e in self.front.evaluations("full")
-            if all(b.violation(e[b.key]) == 0 for b in tight if not METRICS[b.metric].quality)
-        ]
-        new = [e.plan for e in inside if e.plan not in known][:4]
-        with self.stages.at("refit", f"{len(new)} plans"):
-            judged = self._judge(new, "refitted")
-        return self._timed(judged, deliveries)
+        scale = METRICS["latency_ms"].scale
+        networks = [([k for _, ks in made.costs.kernels(plan) for k in ks], ms / scale) for plan, ms in timed]
+        self.made = made = made.with_profile("local", recalibrated(profile, networks))
+        self.evaluator.costs = made.costs
+        self.known = self.evaluator.known(self.start.entries.items())
+        judged = [e for rung in FIDELITIES for e in self.front.evaluations(rung)]
+        self.front = ParetoFront(self.front.objectives)
+        self.front.add(map(self.evaluator.priced, judged))
+        return [replace(d, evaluation=self.evaluator.priced(d.evaluation)) for d in deliveries]
+
+    def _untimed(self, tight: Sequence[Budget], known: set[Plan]) -> list[Plan]:
+        """The best plans under tight limits, and the best one that has room to spare."""
+        plans: list[Plan] = []
+        for share, count in ((1.0, RECOVERED), (ROOM, RECOVERED + 1)):
+            limits = [replace(b, limit=b.limit * share) if b.key == LOCAL else b for b in tight]
+            costly = [b for b in limits if not METRICS[b.metric].quality]
+            inside = [e for e in self.front.evaluations("full") if not any(b.violation(e[b.key]) for b in costly)]
+            plans += [e.plan for e in inside if e.plan not in {*known, *plans}][: count - len(plans)]
+        return plans
 
     def _recover(self, deliveries: list[Delivery]) -> list[Delivery]:
         """The plans nearest the budgets, distilled equally briefly and judged again; the best of them then goes on."""

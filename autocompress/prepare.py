@@ -69,6 +69,12 @@ class Prepared:
         fast: Int8Format = next((p.int8_format for p in self.profiles.values()), "u8u8")
         return fast if fast in exact_int8() else "u8u8"
 
+    def with_profile(self, device: str, profile: HardwareProfile) -> Prepared:
+        """The same with another profile of a device, and the costs that it predicts."""
+        profiles = {**self.profiles, device: profile}
+        costs = CostModel(self.graph, self.space, profiles, self.original.bytes, self.costs.packing)
+        return replace(self, profiles=profiles, costs=costs)
+
 
 def prepare(
     request: Request, out: Path, given: Task | None, stages: Ticker, cancelled: Callable[[], bool] | None

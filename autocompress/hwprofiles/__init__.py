@@ -6,6 +6,7 @@ from autocompress.hwprofiles.agent import describe_host
 from autocompress.hwprofiles.bench import Comparison, Latency, Timing, compare, measure_ms, measure_one, node_profile
 from autocompress.hwprofiles.device import Device
 from autocompress.hwprofiles.explanation import Explanation, explain
+from autocompress.hwprofiles.feedback import recalibrated
 from autocompress.hwprofiles.findings import Finding
 from autocompress.hwprofiles.fitted import Laws
 from autocompress.hwprofiles.measure import (
@@ -48,5 +49,6 @@ __all__ = [
     "node_profile",
     "noise_floor",
     "open_target",
+    "recalibrated",
     "save_profile",
 ]
