@@ -9,6 +9,7 @@ was judged goes to ``full``. The search is over when for a dozen generations no 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Generator, Iterator
@@ -26,8 +27,9 @@ NOISE = 1e-3
 """A gain of this share of a loss is nothing: other images would say otherwise."""
 FORMATS = 8
 """The formats that most layers offer: each makes a start."""
-SAMPLED = 48
-"""One-site plans, at most one a site, that are judged first where sites are of several kinds."""
+SAMPLED = (8, 24, 48)
+"""One-site plans, at most one a site, that are judged first where layers choose formats: after so many, what the table model
+makes of them is judged, too."""
 FILLS = 8
 """Switches that use up what a candidate leaves of the limits."""
 
@@ -95,18 +97,19 @@ class Auto(Evolution):
         known = [e for e in self.known if e.fidelity == "full" and self.tables.fits([e.plan], self.targets[0])[0]]
         best = [*_by_loss(found)[:1], *_by_loss(known)[: self.promoted]]
         yield from self._judge([e.plan for e in best], "full")
-        if len({site.kind == "layer" for site in self.space.sites}) == 2:
+        if any(site.kind == "layer" for site in self.space.sites):
             yield from self._sample()
 
     def _sample(self) -> Asking:
-        """Where layers choose formats and groups choose widths, no plan that is plain to see is a good start: some one-site
-        losses, and what the table model makes of them."""
+        """Where layers choose formats, no plan that is plain to see is a good start: some one-site losses, and what the table
+        model makes of them."""
         zero = self._dense_losses()[0]
-        plans = [plan for plans in self.one_site.passes()[:1] for plan in plans][:SAMPLED]
-        for half in (plans[: len(plans) // 2], plans[len(plans) // 2 :]):
-            for evaluation in (yield from self._judge(half, "slice")):
+        plans = [plan for plans in self.one_site.passes()[:1] for plan in plans]
+        for start, end in itertools.pairwise((0, *SAMPLED)):
+            for evaluation in (yield from self._judge(plans[start:end], "slice")):
                 self.one_site.record(evaluation.plan, fitness(evaluation) - zero)
-            yield from self._ask_targets(self.one_site.losses(), [0], quick=True)
+            if plans[start:end]:
+                yield from self._ask_targets(self.one_site.losses(), [0], quick=True)
 
     def _plain(self, limit: IntArray) -> list[Plan]:
         """The mildest plans within limits that go equally far at every site, or have one format and go equally far elsewhere;
