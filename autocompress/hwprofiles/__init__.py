@@ -9,8 +9,8 @@ from autocompress.hwprofiles.explanation import Explanation, explain
 from autocompress.hwprofiles.feedback import recalibrated
 from autocompress.hwprofiles.findings import Finding
 from autocompress.hwprofiles.fitted import Laws
+from autocompress.hwprofiles.grid import default_grid
 from autocompress.hwprofiles.measure import (
-    default_grid,
     exact_int8,
     fastest_int8,
     measure_default,

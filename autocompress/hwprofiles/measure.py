@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import get_args
 
 import numpy as np
 
 from autocompress.errors import MeasurementError, UsageError
+from autocompress.hwprofiles.active import by_doubt
 from autocompress.hwprofiles.agent import FOREVER
 from autocompress.hwprofiles.builder import SCALE, GraphBuilder
+from autocompress.hwprofiles.checked import checked
 from autocompress.hwprofiles.device import Device, FloatArray, Lane, local_device
+from autocompress.hwprofiles.grid import default_grid
 from autocompress.hwprofiles.predict import Layout
 from autocompress.hwprofiles.profile import Entry, HardwareProfile
 from autocompress.hwprofiles.references import residual_network
@@ -31,6 +34,10 @@ from autocompress.hwprofiles.unfinished import Traits, Unfinished
 from autocompress.types import Format, Int8Format, Kernel
 
 MAX_NOISE = 0.30
+CHECKED = 0.05
+"""Share of the time in which whole networks are measured, to state how good the predictions are."""
+SPREAD = 0.6
+"""Share of the kernels that are chosen before any time is known."""
 _PROBE_SECONDS = 0.08
 """What a kernel should get at least; where time is shorter, fewer kernels are measured."""
 _NETWORK = ((32, 32), (32, 32), (64, 64))
@@ -74,18 +81,23 @@ def measure_local(
     samples = kept[1] if kept else Samples()
     wanted = measuring_order(kernels, traits.layout)
     left = max(seconds - (time.perf_counter() - start), seconds / 2)
-    chosen = wanted[: max(8, int(left / _PROBE_SECONDS))]
-    todo = [kernel for kernel in chosen if kernel not in samples.kernels]
+    total = min(len(wanted), max(8, int(left / _PROBE_SECONDS)))
     report = progress or (lambda done, total: None)
+    setting, rest = Setting(threads, batch, traits.int8, device), wanted
+    for share in (SPREAD, 1.0):  # first spread over all families, then where those predict themselves worst
+        rest, before = [kernel for kernel in rest if kernel not in samples.kernels], len(samples.kernels)
+        if share == 1.0 and samples.kernels:
+            rest = by_doubt({k: t.ns for k, t in samples.times().items()}, rest, traits.layout)
+        todo = rest[: max(0, round(share * total) - before)]
+        rest = rest[len(todo) :]  # what has no probe is not asked for twice
 
-    def tick(samples: Samples, done: int) -> None:
-        if unfinished:
-            unfinished.write(traits, samples)
-        report(len(chosen) - len(todo) + done, len(chosen))
+        def tick(samples: Samples, done: int, before: int = before) -> None:
+            if unfinished:
+                unfinished.write(traits, samples)
+            report(min(before + done, total), total)
 
-    if todo:
-        setting = Setting(threads, batch, traits.int8, device)
-        time_kernels(todo, setting, left * len(todo) / len(chosen), tick, samples)
+        if todo:
+            time_kernels(todo, setting, left * len(todo) / total, tick, samples)
     if not samples.kernels:
         raise UsageError(f"None of the kernels can be measured: {', '.join(sorted({k.kind for k in kernels}))}.")
     entries = tuple(Entry(kernel, timed.ns, timed.interval) for kernel, timed in samples.times().items())
@@ -151,14 +163,14 @@ def measure_default(
         default_grid(),
         threads=threads,
         batch=batch,
-        seconds=minutes * 60,
+        seconds=(1 - CHECKED) * minutes * 60,
         progress=progress,
         name=name,
         device=device,
         unfinished=unfinished,
     )
     unfinished.remove()
-    return profile
+    return checked(profile, device, seconds=CHECKED * minutes * 60)
 
 
 def _too_noisy(noise: float, device: Device) -> str:
@@ -167,50 +179,6 @@ def _too_noisy(noise: float, device: Device) -> str:
         f"The same network timed twice differs by {noise:.0%} on {where} (at most {MAX_NOISE:.0%} can be measured); "
         "stop other work on it or use another one."
     )
-
-
-def default_grid() -> list[Kernel]:
-    """Convolutions, linear layers and what stands between them, at widths 8 to 256 and image sizes 4 to 112."""
-    kernels = []
-    both: tuple[Format, ...] = ("float", "int8")
-    for form in both:
-        for size in (112, 56, 32, 28, 16, 14, 8, 7, 4):
-            kernels += list(_grid_at(size, form))
-        kernels += [Kernel("linear", (a,), (b,), format=form) for a in _WIDTHS for b in (10, *_WIDTHS, 1000)]
-    weight_only: tuple[Format, ...] = ("w8", "w4")
-    for form in weight_only:
-        kernels += [Kernel("linear", (a,), (b,), format=form) for a in (64, 256, 512) for b in (10, 64, 256, 1000)]
-        kernels += [
-            Kernel("conv", (c, s, s), (c, s, s), (k, k), format=form)
-            for c in (16, 64, 128)
-            for s in (8, 16, 32)
-            for k in (1, 3)
-        ]
-    return kernels
-
-
-_WIDTHS = (8, 16, 32, 48, 64, 128, 256)
-
-
-def _grid_at(size: int, form: Format) -> Iterator[Kernel]:
-    half = -(-size // 2)
-    for c in _WIDTHS:
-        full, small = (c, size, size), (c, half, half)
-        yield Kernel("conv", full, full, (3, 3), groups=c, format=form)
-        yield Kernel("conv", full, small, (3, 3), (2, 2), groups=c, format=form)
-        yield Kernel("add", full, full, format=form, n_inputs=2)
-        yield Kernel("pool", full, small, (2, 2), (2, 2), format=form)
-        yield Kernel("global_pool", full, (c, 1, 1), format=form)
-        yield Kernel("conv", (3, size, size), full, (3, 3), format=form)
-        yield Kernel("conv", (3, size, size), small, (3, 3), (2, 2), format=form)
-        if form == "float":
-            yield Kernel("quantize", full, full)
-            yield Kernel("dequantize", full, full)
-        for d in _WIDTHS:
-            if c * d * size * size * 9 <= 400e6:
-                for k in (1, 3):
-                    yield Kernel("conv", full, (d, size, size), (k, k), format=form)
-                    yield Kernel("conv", full, (d, half, half), (k, k), (2, 2), format=form)
 
 
 def measuring_order(kernels: Iterable[Kernel], layout: Layout) -> list[Kernel]:
