@@ -41,6 +41,14 @@ from autocompress.hwprofiles import (
     measure_default,
     measure_local,
     measure_ms,
+    recalibrated,
+)
+    HardwareProfile,
+    exact_int8,
+    load_profile,
+    measure_default,
+    measure_local,
+    measure_ms,
 )
 from autocompress.prepare import LOCAL_SECONDS, kernels_of, offered
 from autocompress.results import METHOD_FAMILIES, Request

@@ -44,7 +44,7 @@ def _without(kernel: Kernel, members: Sequence[Kernel], ns: Mapping[Kernel, floa
 def by_doubt(ns: Mapping[Kernel, float], rest: Sequence[Kernel], layout: Layout) -> list[Kernel]:
     """``rest`` in an order that gives each group as many measurements as it is doubtful; ``ns``: what is measured."""
     doubt, seen = doubts(ns, layout), dict[Group, int]()
-    keyed = []
+    keyed: list[tuple[float, int, Kernel]] = []
     for kernel in rest:
         group = group_of(kernel, layout)
         seen[group] = rank = seen.get(group, 0) + 1

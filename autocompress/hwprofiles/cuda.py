@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from autocompress.errors import UsageError
-from autocompress.hwprofiles.measure import Progress, default_grid, measuring_order
+from autocompress.hwprofiles.grid import default_grid
+from autocompress.hwprofiles.measure import Progress, measuring_order
 from autocompress.hwprofiles.predict import FLOOR_NS, Layout
 from autocompress.hwprofiles.probes import pads_of
 from autocompress.hwprofiles.profile import Entry, HardwareProfile
