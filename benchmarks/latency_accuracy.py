@@ -43,13 +43,6 @@ from autocompress.hwprofiles import (
     measure_ms,
     recalibrated,
 )
-    HardwareProfile,
-    exact_int8,
-    load_profile,
-    measure_default,
-    measure_local,
-    measure_ms,
-)
 from autocompress.prepare import LOCAL_SECONDS, kernels_of, offered
 from autocompress.results import METHOD_FAMILIES, Request
 from autocompress.space import make_space
