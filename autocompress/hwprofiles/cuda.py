@@ -54,7 +54,8 @@ TOKENS = (1, 64, 256)
 
 def cuda_grid() -> list[Kernel]:
     """The grid of any network on a processor, as far as GPUs have its kernels, with what transformers are made of."""
-    kernels = [k for k in default_grid() if k.format == "float" and k.kind not in ("quantize", "dequantize")]
+    square = [k for k in default_grid() if k.kernel[0] == k.kernel[1] and len(k.out_shape) != 2]
+    kernels = [k for k in square if k.format == "float" and k.kind not in ("quantize", "dequantize")]
     forms: tuple[Format, ...] = ("float", "int8")
     for t in TOKENS:
         for a in (64, 128, 256, 512, 1024):
