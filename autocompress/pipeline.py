@@ -24,7 +24,7 @@ from autocompress.diagnose import diagnose
 from autocompress.errors import BudgetUnmet, Cancelled, InfeasibleBudget, StoreError, UsageError, VerificationError
 from autocompress.evaluate import Measurer, ModelEvaluator
 from autocompress.files import make_folder, write_json, write_text
-from autocompress.hwprofiles import recalibrated
+from autocompress.hwprofiles import recalibrated, scaled
 from autocompress.inherit import uninherited
 from autocompress.ledger import JobLedger, NoLedger, Shared, Start, started
 from autocompress.models import Models
@@ -420,7 +420,9 @@ class _Run:
         ]
         scale = METRICS["latency_ms"].scale
         networks = [([k for _, ks in made.costs.kernels(plan) for k in ks], ms / scale) for plan, ms in timed]
-        self.made = made = made.with_profile("local", recalibrated(profile, networks))
+        profile = recalibrated(profile, networks)
+        original = profile.overhead_ns + float(profile.predict_ns(networks[0][0]).sum())
+        self.made = made = made.with_profile("local", scaled(profile, networks[0][1] / original))
         self.evaluator.costs = made.costs
         self.known = self.evaluator.known(self.start.entries.items())
         judged = [e for rung in FIDELITIES for e in self.front.evaluations(rung)]

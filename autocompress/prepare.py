@@ -20,7 +20,15 @@ from autocompress.errors import Cancelled, UnknownName, UsageError
 from autocompress.export import export_onnx
 from autocompress.files import cache_dir, write_json
 from autocompress.graph import IS_OUTPUT, Graph, trace
-from autocompress.hwprofiles import HardwareProfile, exact_int8, known_profiles, load_profile, measure_local, measure_ms
+from autocompress.hwprofiles import (
+    HardwareProfile,
+    exact_int8,
+    known_profiles,
+    load_profile,
+    measure_local,
+    measure_ms,
+    scaled,
+)
 from autocompress.onnx_file import Artifact, sha256_of
 from autocompress.packed import packed_levels
 from autocompress.pairing import pair
@@ -240,10 +248,9 @@ def _scaled(profile: HardwareProfile, original: Path, graph: Graph, space: Searc
     """The profile with all times brought to what the whole original model takes on this machine."""
     timing = measure_ms([original], original, batch=profile.batch, threads=profile.threads, seconds=SCALE_SECONDS)[0]
     predicted = CostModel(graph, space, {"local": profile}).in_units(space.dense)["latency_ms@local"]
-    scale = timing.reference_ms / predicted
-    entries = tuple(replace(entry, ns=max(1, round(entry.ns * scale))) for entry in profile.entries)
-    how = {**profile.how, "scaled_to_original": round(scale, 4), "original": sha256_of(original)}
-    return replace(profile, entries=entries, overhead_ns=round(profile.overhead_ns * scale), how=how)
+    factor = timing.reference_ms / predicted
+    how = {**profile.how, "scaled_to_original": round(factor, 4), "original": sha256_of(original)}
+    return replace(scaled(profile, factor), how=how)
 
 
 def recovery_of(request: Request, made: Prepared, out: Path) -> Recovery | None:

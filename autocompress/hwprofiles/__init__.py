@@ -6,7 +6,7 @@ from autocompress.hwprofiles.agent import describe_host
 from autocompress.hwprofiles.bench import Comparison, Latency, Timing, compare, measure_ms, measure_one, node_profile
 from autocompress.hwprofiles.device import Device
 from autocompress.hwprofiles.explanation import Explanation, explain
-from autocompress.hwprofiles.feedback import recalibrated
+from autocompress.hwprofiles.feedback import recalibrated, scaled
 from autocompress.hwprofiles.findings import Finding
 from autocompress.hwprofiles.fitted import Laws
 from autocompress.hwprofiles.grid import default_grid
@@ -51,4 +51,5 @@ __all__ = [
     "open_target",
     "recalibrated",
     "save_profile",
+    "scaled",
 ]
