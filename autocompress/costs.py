@@ -19,10 +19,23 @@ from torch.nn import functional as F
 from autocompress.features import Feature, Features
 from autocompress.graph import Graph, Op
 from autocompress.methods import ChannelPruning, StaticInt8, WeightQuant, handler_of
-from autocompress.types import METRICS, CostFactor, IntArray, Kernel, LatencyModel, Plan, SearchSpace, Storage, cost_key
+from autocompress.types import (
+    APART,
+    METRICS,
+    CostFactor,
+    IntArray,
+    Kernel,
+    LatencyModel,
+    Plan,
+    SearchSpace,
+    Storage,
+    cost_key,
+)
 
 CHUNK = 512
 """Plans that are looked at together."""
+BLOCKED = ("conv", "add", "pool", "global_pool", "batch_norm")
+"""Operators that runtimes with a blocked layout compute in it."""
 MAX_TABLE = 4096
 """Entries of a factor's dense table; larger ones are given as a function."""
 NODE_BYTES, LAYER_BYTES, DEQUANTIZE_BYTES, QUANTIZED_BYTES = 100, 250, 180, 460
@@ -101,6 +114,7 @@ class CostModel:
         readers = [op.inputs[0] for op in graph.ops if op.inputs]
         self._given = {n.name for n in nodes if n.op == "placeholder" and readers.count(n.name) == 1}
         self._stored = _constants(graph)
+        self._apart = self._additions_apart()
         self._templates = tuple(self._template(op) for op in graph.ops)
         self._weights = sum(_weights_of(graph, name) for name in graph.layers) or 1
         self._features = Features([t.features for t in self._templates], space.n_levels, self._rows)
@@ -232,6 +246,16 @@ class CostModel:
                 found.setdefault(layer.result, []).append(site)
         return {name: tuple(dict.fromkeys(sites)) for name, sites in found.items()}
 
+    def _additions_apart(self) -> set[str]:
+        """Results of additions that meet another layout whatever the plan: behind a padded shortcut, and on from there."""
+        made = {op.result: op for op in self.graph.ops}
+        found: set[str] = set()
+        for op in self.graph.ops:
+            makers = [made.get(self._made_by[name]) for name in op.inputs]
+            if op.kind == "add" and any(m is None or m.kind not in BLOCKED or m.result in found for m in makers):
+                found.add(op.result)
+        return found
+
     def _template(self, op: Op) -> _Template:
         layer_site = self._site.get(f"layer:{op.layer}") if op.layer else None
         blocks = tuple(
@@ -291,6 +315,8 @@ class CostModel:
             in_shape = (template.vocabulary, *out_shape[1:])
         groups = template.groups or in_shape[0]
         kernel = Kernel(op.kind, in_shape, out_shape, op.kernel, op.stride, groups, "float", op.fused, max(1, n))
+        if op.kind == "add" and len(out_shape) == 3 and (op.result in self._apart or any(flags[:-1])):
+            kernel = replace(kernel, fused=f"{APART} {op.fused}".strip())
         kernels: tuple[Kernel, ...] = (kernel,)
         if template.layer_site is not None:
             for step in self.space.levels[template.layer_site][features[1]].steps:

@@ -336,6 +336,10 @@ products of ``u8s8`` (and of ``s8s8``, which ONNX Runtime turns into it) in 16 b
 computes something else, without a word. ``u8u8`` is exact everywhere."""
 
 
+APART = "apart"
+"""How ``Kernel.fused`` of an addition begins of which one input is in another layout: it runs on its own."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """What the hardware sees: one executed operator at its final widths, for one example (nn-Meter's word).
@@ -344,7 +348,8 @@ class Kernel:
     ``pad`` | ``slice`` | ``batch_norm`` | ``quantize`` | ``dequantize`` | ``attention`` | ``norm`` | ``embedding`` |
     ``transpose`` | ``repeat`` | ``other``.
     ``in_shape`` / ``out_shape``: ``(C, H, W)``, ``(C,)``, or ``(C, T)`` of a sequence, without the batch. Attention has
-    ``(heads, T, head_dim)``, an embedding reads ``(vocabulary, T)``. A following ReLU is part of the kernel.
+    ``(heads, T, head_dim)``, an embedding reads ``(vocabulary, T)``. A following ReLU is part of the kernel. An image's
+    addition that no convolution can take in is ``fused="apart"`` or ``"apart relu"``.
     """
 
     kind: str

@@ -27,7 +27,7 @@ from autocompress.hwprofiles.predict import FLOOR_NS, Layout
 from autocompress.hwprofiles.probes import pads_of
 from autocompress.hwprofiles.profile import Entry, HardwareProfile
 from autocompress.hwprofiles.robust import middle_mean
-from autocompress.types import Format, Kernel
+from autocompress.types import APART, Format, Kernel
 
 GpuPrecision = Literal["float32", "tf32", "float16", "bfloat16"]
 DTYPES = {
@@ -55,6 +55,7 @@ TOKENS = (1, 64, 256)
 def cuda_grid() -> list[Kernel]:
     """The grid of any network on a processor, as far as GPUs have its kernels, with what transformers are made of."""
     square = [k for k in default_grid() if k.kernel[0] == k.kernel[1] and len(k.out_shape) != 2]
+    square = [k for k in square if not k.fused.startswith(APART)]
     kernels = [k for k in square if k.format == "float" and k.kind not in ("quantize", "dequantize")]
     forms: tuple[Format, ...] = ("float", "int8")
     for t in TOKENS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from autocompress.types import Format, Kernel
+from autocompress.types import APART, Format, Kernel
 
 WIDTHS = (8, 16, 32, 48, 64, 128, 256)
 ODD = (6, 18, 30, 62, 126)
@@ -80,6 +80,8 @@ def _edges(size: int) -> Iterator[Kernel]:
         full = (c, size, size)
         yield Kernel("quantize", full, full)
         yield Kernel("dequantize", full, full)
+        for alone in (APART, f"{APART} relu"):
+            yield Kernel("add", full, full, fused=alone, n_inputs=2)
         yield Kernel("slice", full, (c, half, half))
         yield Kernel("pad", full, (2 * c, size, size))
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import nnls
 
-from autocompress.types import Kernel
+from autocompress.types import APART, Kernel
 
 FloatArray = npt.NDArray[np.float64]
 Family = tuple[str, ...]
@@ -47,20 +47,20 @@ class Layout:
         if kernel.format != "float":
             return "plain"
         if kernel.groups > 1:
-            return "blocked" if kernel.groups == c_in == c_out else "plain"
+            return "blocked" if kernel.groups == c_in == c_out and c_in % self.granule == 0 else "plain"
         if c_in < self.block:
             return "narrow"
         return "blocked" if c_in % self.granule == 0 else "plain"
 
     def canonical(self, kernel: Kernel) -> Kernel:
         """The kernel that takes the same time: widths rounded up to what is computed, a fused ReLU left out."""
-        if kernel.kind in _FUSES_RELU and kernel.fused == "relu":
+        if self._fused(kernel) == "":
             kernel = replace(kernel, fused="")
         if kernel.format != "float" or self.block == 1 or self.regime(kernel) == "plain":
             return kernel
         if kernel.kind == "conv" and kernel.groups > 1:
             width = self._up(kernel.out_shape[0])
-            return replace(_with_widths(kernel, width, width), groups=width)
+            return _with_widths(kernel, width, width)
         if kernel.kind == "conv":
             narrow = kernel.in_shape[0] < self.block
             c_in = kernel.in_shape[0] if narrow else self._up(kernel.in_shape[0])
@@ -77,16 +77,24 @@ class Layout:
         if kernel.kind == "conv":
             dense, depthwise = kernel.groups == 1, kernel.groups == kernel.in_shape[0]
             words += ["dense" if dense else "depthwise" if depthwise else "grouped", self.regime(kernel)]
-        if kernel.fused not in ("", "relu"):
-            words.append(kernel.fused)
-        return tuple(words)
+        fused = self._fused(kernel)
+        return (*words, fused) if fused not in ("", "relu") else tuple(words)
+
+    def _fused(self, kernel: Kernel) -> str:
+        """What tells the kernel from others: no ReLU that is taken in; without blocks nothing is in another layout."""
+        alone = self.block == 1 and kernel.fused.startswith(APART)
+        return "" if alone or (kernel.kind in _FUSES_RELU and kernel.fused == "relu") else kernel.fused
 
     def _up(self, width: int) -> int:
         return -(-width // self.block) * self.block
 
 
 def _with_widths(kernel: Kernel, c_in: int, c_out: int) -> Kernel:
-    return replace(kernel, in_shape=(c_in, *kernel.in_shape[1:]), out_shape=(c_out, *kernel.out_shape[1:]))
+    """A depthwise convolution stays one."""
+    groups = c_in if kernel.groups > 1 and kernel.groups == kernel.in_shape[0] else kernel.groups
+    return replace(
+        kernel, in_shape=(c_in, *kernel.in_shape[1:]), out_shape=(c_out, *kernel.out_shape[1:]), groups=groups
+    )
 
 
 def features(kernel: Kernel) -> list[float]:

@@ -17,7 +17,7 @@ from onnx import TensorProto
 
 from autocompress.hwprofiles.builder import GraphBuilder
 from autocompress.hwprofiles.device import NodeEvent
-from autocompress.types import Int8Format, Kernel
+from autocompress.types import APART, Int8Format, Kernel
 
 HARNESS = 16
 """Channels of a probe's input: one full block of the blocked layout."""
@@ -151,6 +151,8 @@ def _add(kernel: Kernel, batch: int, int8: Int8Format) -> Probe:
     graph = _start(kernel, batch, int8)
     if kernel.format == "int8":
         return _add_int8(kernel, graph, channels)
+    if kernel.fused.startswith(APART):
+        return _add_apart(kernel, graph, channels)
     skip = graph.activation(graph.conv("x", "h", (HARNESS, channels)), "h", "relu")
     for i in range(REPEATS):
         plain = graph.activation(graph.conv("x", f"p{i}", (HARNESS, channels)), f"p{i}", kernel.fused)
@@ -158,6 +160,15 @@ def _add(kernel: Kernel, batch: int, int8: Int8Format) -> Probe:
         summed = graph.node("Add", [graph.conv("x", f"k{i}", (HARNESS, channels)), skip], f"k{i}add")
         _sink(graph, graph.activation(summed, f"k{i}", kernel.fused), f"k{i}")
     return Probe(kernel, graph.build(), graph.shape, REPEATS, delta=True)
+
+
+def _add_apart(kernel: Kernel, graph: GraphBuilder, channels: int) -> Probe:
+    """What comes by the shortcut is not in the blocked layout: reorders on both sides, and a ReLU of its own."""
+    skip = graph.node("Neg", [graph.conv("x", "sskip", (HARNESS, channels))], "sneg")
+    for i in range(REPEATS):
+        summed = graph.node("Add", [graph.conv("x", f"h{i}", (HARNESS, channels)), skip], f"k{i}add")
+        _sink(graph, graph.activation(summed, f"k{i}", kernel.fused[len(APART) + 1 :]), str(i), channels=channels)
+    return Probe(kernel, graph.build(), graph.shape, REPEATS)
 
 
 def _add_int8(kernel: Kernel, graph: GraphBuilder, channels: int) -> Probe:
@@ -339,19 +350,17 @@ def _concat(kernel: Kernel, batch: int, int8: Int8Format) -> Probe | None:
 
 
 def _pad(kernel: Kernel, batch: int, int8: Int8Format) -> Probe | None:
-    """Channel padding of a shortcut: the addition behind it can no longer be fused, which is part of the cost."""
+    """Channel padding of a shortcut; the addition behind it is another kernel, ``apart``."""
     if len(kernel.in_shape) != 3:
         return None
     graph = _start(kernel, batch, int8, kernel.in_shape[0])
     before = [0, *((b - a) // 2 for a, b in zip(kernel.in_shape, kernel.out_shape, strict=True))]
     after = [0, *(b - a - (b - a) // 2 for a, b in zip(kernel.in_shape, kernel.out_shape, strict=True))]
     pads = graph.constant("pads", np.array(before + after, np.int64))
-    y = graph.node("Pad", ["x", pads], "k0")
-    if kernel.in_shape[1:] == kernel.out_shape[1:] and kernel.format != "int8":
-        branch = graph.conv("x", "h", (kernel.in_shape[0], kernel.out_shape[0]))
-        y = graph.activation(graph.node("Add", [branch, y], "k0add"), "k0", "relu")
-    _sink(graph, y, "", "float", kernel.out_shape[0])
-    return Probe(kernel, graph.build(), graph.shape)
+    for i in range(REPEATS):
+        x = graph.node("Neg", ["x"], f"h{i}")
+        graph.output(graph.node("Pad", [x, pads], f"k{i}"))
+    return Probe(kernel, graph.build(), graph.shape, REPEATS, count_inserts=False)
 
 
 def _quantize(kernel: Kernel, batch: int, int8: Int8Format) -> Probe | None:
