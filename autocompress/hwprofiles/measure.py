@@ -22,6 +22,7 @@ from autocompress.hwprofiles.profile import Entry, HardwareProfile
 from autocompress.hwprofiles.references import residual_network
 from autocompress.hwprofiles.robust import middle_mean
 from autocompress.hwprofiles.timing import (
+    CHUNK,
     MAX_ROUNDS,
     MIN_ROUNDS,
     WARM_UP,
@@ -88,7 +89,7 @@ def measure_local(
         rest, before = [kernel for kernel in rest if kernel not in samples.kernels], len(samples.kernels)
         if share == 1.0 and samples.kernels:
             rest = by_doubt({k: t.ns for k, t in samples.times().items()}, rest, traits.layout)
-        todo = rest[: max(0, round(share * total) - before)]
+        todo = rest[: max(0, min(total, max(CHUNK, round(share * total))) - before)]
         rest = rest[len(todo) :]  # what has no probe is not asked for twice
 
         def tick(samples: Samples, done: int, before: int = before) -> None:
