@@ -19,6 +19,7 @@ from autocompress.database import LevelDatabase
 from autocompress.deploy import deploy
 from autocompress.export import export_onnx
 from autocompress.graph import trace
+from autocompress.methods import StaticInt8
 from autocompress.methods.coding import pack
 from autocompress.methods.quantization import ActivationQuant
 from autocompress.onnx_cost import count_macs, count_params
@@ -331,3 +332,31 @@ def test_a_layer_with_integer_weights_between_integers_is_charged_as_what_runs(
     open_session(tmp_path / "model.onnx", save=tmp_path / "optimized.onnx")
     run = load_model(tmp_path / "optimized.onnx")
     assert any(node.op_type in INTEGER_KERNELS and f"{target}.weight_int8" in node.input for node in run.graph.node)
+
+
+def test_an_addition_that_meets_another_layout_runs_apart(made: dict[str, tuple[LevelDatabase, CostModel]]) -> None:
+    """Behind a padded shortcut and on from there, whatever the plan; elsewhere where an input was quantized."""
+    database, costs = made["resnet-a"]
+    space = database.space
+
+    def fused(plan: Plan) -> dict[str, str]:
+        return {name: k.fused for name, kernels in costs.kernels(plan) for k in kernels if k.kind == "add"}
+
+    dense = fused(space.dense)
+    pads = [name for name, kernels in costs.kernels(space.dense) if any(k.kind == "pad" for k in kernels)]
+    assert pads and {"apart relu", "relu"} == set(dense.values())
+    first = next(name for name, how in dense.items() if how == "relu")
+    names = [name for name, _ in costs.kernels(space.dense)]
+    assert all(names.index(name) > names.index(pads[0]) for name, how in dense.items() if how == "apart relu")
+    branch = next(layer for layer in database.graph.layers.values() if layer.result == added(database, first))
+    site = next(i for i, s in enumerate(space.sites) if s.name == f"layer:{branch.name}")
+    level = next(i for i, lv in enumerate(space.levels[site]) if any(isinstance(s, StaticInt8) for s in lv.steps))
+    plan = (*space.dense[:site], level, *space.dense[site + 1 :])
+    assert fused(plan)[first] == "apart relu"
+
+
+def added(database: LevelDatabase, name: str) -> str:
+    """A layer's result that an addition reads."""
+    op = next(op for op in database.graph.ops if op.node == name)
+    results = {layer.result for layer in database.graph.layers.values()}
+    return next(x for x in op.inputs if x in results)

@@ -195,6 +195,25 @@ class TestPrediction:
             if x.in_shape[0] <= y.in_shape[0] and x.out_shape[0] <= y.out_shape[0]
         )
 
+    def test_a_depthwise_convolution_of_other_widths_stays_one(self) -> None:
+        def depthwise(c: int) -> Kernel:
+            return Kernel("conv", (c, 16, 16), (c, 16, 16), (3, 3), groups=c)
+
+        profile = profile_of({depthwise(c): 1000.0 + 50 * c for c in (16, 64, 128)})
+        small, large = profile.predict_ns([depthwise(32), depthwise(512)])
+        assert small == pytest.approx(2600, rel=0.05) and large == pytest.approx(26_600, rel=0.15)
+
+    def test_depthwise_widths_off_the_granule_leave_the_blocked_layout(self) -> None:
+        layout = Layout(8, 4)
+        found = {c: layout.regime(Kernel("conv", (c, 8, 8), (c, 8, 8), (3, 3), groups=c)) for c in (12, 90, 96)}
+        assert found == {12: "blocked", 90: "plain", 96: "blocked"}
+
+    def test_without_blocks_no_addition_runs_apart(self) -> None:
+        alone = Kernel("add", (16, 8, 8), (16, 8, 8), fused="apart relu", n_inputs=2)
+        usual = Kernel("add", (16, 8, 8), (16, 8, 8), fused="relu", n_inputs=2)
+        assert Layout().canonical(alone) == Layout().canonical(usual)
+        assert Layout().family(alone) == Layout().family(usual) != Layout(8, 4).family(alone)
+
     def test_interpolates_what_is_linear(self) -> None:
         guess = profile_of(roofline_entries()).predict_ns([conv(24, 40)])[0]
         assert guess == pytest.approx(2000 + 0.02 * conv(24, 40).macs, rel=0.02)

@@ -344,6 +344,7 @@ def test_widths_are_nested_and_never_empty(width: int) -> None:
     keeps = [step.keep for level in levels for step in level.steps if isinstance(step, ChannelPruning)]
     assert levels[0].steps == () and all(0 < keep < width for keep in keeps)
     assert keeps == sorted(set(keeps), reverse=True)
+    assert all(keep % 4 == 0 for keep in keeps if width >= 4)
 
 
 def small() -> tuple[Graph, Group]:
