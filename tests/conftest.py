@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.quick import shorten
 
 # Before torch is imported: test processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,3 +41,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test can touch the user's jobs."""
     monkeypatch.setenv("AUTOCOMPRESS_STORE", str(tmp_path / "jobs.sqlite"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_runs() -> Iterator[None]:
+    """Whole runs take seconds, also those that fixtures of a module make."""
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        yield

@@ -37,17 +37,9 @@ from autocompress.tasks.base import Split
 from autocompress.types import Evaluation, Query
 from autocompress.verify import BudgetCheck
 from tests import networks
+from tests.quick import shorten
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Less time to measure in, so that tests are fast; what is measured stays real."""
-    monkeypatch.setattr(deliver, "SECONDS_A_MODEL", 0.1)
-    monkeypatch.setattr(deliver, "COMPARE_SECONDS", 1.0)
-    monkeypatch.setattr(pipeline, "REFITTED", 4)
-    monkeypatch.setattr(pipeline, "RECOVERED", 2)
 
 
 def asked(**changes: Any) -> Request:
@@ -72,18 +64,12 @@ def points(result: JobResult) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, JobResult, list[Progress]]:
     """One real job: two budgets, all methods, 40 evaluations, 20 steps of distillation."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(deliver, "SECONDS_A_MODEL", 0.1)
-    patch.setattr(deliver, "COMPARE_SECONDS", 1.0)
-    patch.setattr(pipeline, "REFITTED", 4)
-    patch.setattr(pipeline, "RECOVERED", 2)
     out = tmp_path_factory.mktemp("digits")
     request = asked(task="digits", budgets=("macs<=50%", "size_mb<=0.4"), evaluations=40, recover_steps=20)
     ticks: list[Progress] = []
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch, exporter="dynamo")  # as users get it
         result = api.run(request, out, progress=ticks.append).result
-    finally:
-        patch.undo()
     return out, result, ticks
 
 
@@ -161,10 +147,12 @@ def test_a_second_run_pays_for_nothing_and_a_point_can_be_exported(
 _CHILD = """
 import os, signal, sys
 from pathlib import Path
-from autocompress import api, deliver, pipeline
+import pytest
+from autocompress import api
 from autocompress.results import Request
 from tests import networks
-deliver.SECONDS_A_MODEL, deliver.COMPARE_SECONDS, pipeline.REFITTED, pipeline.RECOVERED = 0.1, 1.0, 4, 2
+from tests.quick import shorten
+shorten(pytest.MonkeyPatch())
 stage, after = sys.argv[3], int(sys.argv[4])
 def progress(tick):
     if tick.stage == stage and tick.done >= after:

@@ -15,9 +15,7 @@ from autocompress.cli import app
 from autocompress.errors import Cancelled, UsageError
 from autocompress.results import JobResult, Progress
 from tests import networks
-from tests.test_pipeline import _quick, asked, points
-
-__all__ = ["_quick"]  # less time to measure in, for every test here
+from tests.test_pipeline import asked, points
 
 FACTORY = "from tests import networks\n\ndef make():\n    return networks.task('resnet-b', n=32)\n"
 

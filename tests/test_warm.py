@@ -19,9 +19,7 @@ from autocompress.results import JobResult, Progress
 from autocompress.service.store import JobStore, shared_ledger
 from autocompress.service.worker import work
 from tests import networks
-from tests.test_pipeline import _quick, asked, points
-
-__all__ = ["_quick"]  # less time to measure in, for every test here
+from tests.test_pipeline import asked, points
 
 FACTORY = "from tests import networks\n\ndef make():\n    return networks.task('resnet-b', n=32)\n"
 
