@@ -121,7 +121,7 @@ def test_from_the_command_line_and_by_a_worker(tmp_path: Path) -> None:
     """A task by its name: compress, then the certificate's replay, then a worker on a second budget."""
     (tmp_path / "mine.py").write_text(FACTORY)
     task = f"{tmp_path / 'mine.py'}:make"
-    fast = ["--evaluations", "12", "--recover-steps", "0", "--json"]
+    fast = ["--evaluations", "12", "--recover-steps", "0", "--methods", "channels,blocks,int8", "--json"]
 
     def call(*args: str) -> Any:
         done = CliRunner().invoke(app, list(args), prog_name="autocompress")
