@@ -22,7 +22,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("AUTOCOMPRESS_HOME", str(config.rootpath / ".pytest_cache" / "autocompress"))
 
 
-LONGEST = ("demo", "pipeline", "resumed", "warm", "race", "workers", "lm", "tasks", "fitted")
+LONGEST = (
+    "demo", "pipeline", "warm", "bayes", "resumed", "policy_controllers", "race", "workers", "lm", "tasks", "fitted", "controllers",
+)  # fmt: skip
 """Files that take minutes: they begin, or one process is left alone with them at the end."""
 
 

@@ -260,6 +260,7 @@ def test_what_a_method_contributed_is_loss_and_cost(
 # ---------------------------------------------------------------- in a job
 
 
+@pytest.mark.slow
 def test_a_job_keeps_the_diagnosis_of_what_it_hands_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "REFITTED", 2)
     monkeypatch.setattr(pipeline, "RECOVERED", 1)

@@ -371,6 +371,7 @@ def test_heads_are_ordered_whole(task: Task, graph: Graph, tmp_path: Path, impor
     assert database.stitch(plan).get_submodule("model.layers.0.self_attn.k_proj").out_features == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("budget", "methods"), [("macs<=75%", ("channels", "blocks")), ("size_mb<=55%", ("lowrank", "w8", "w4"))]
 )

@@ -372,6 +372,10 @@ def test_damaged_files_are_sentences(tmp_path: Path) -> None:
         pipeline.export(tmp_path, "best")
     with pytest.raises(UsageError, match="run the job first"):
         pipeline.export(tmp_path / "nothing", "best")
+
+
+@pytest.mark.slow
+def test_a_damaged_original_is_made_again(tmp_path: Path) -> None:
     task = networks.task("resnet-b", n=16)
     (tmp_path / "original.json").write_text("{")
     (tmp_path / "original.onnx").write_text("x")

@@ -465,6 +465,7 @@ def test_every_word_is_documented() -> None:
         assert f"`{field.name}" in page or f"{field.name}=T" in page, field.name
 
 
+@pytest.mark.slow
 def test_a_job_recovers_as_its_recipe_says_and_its_replay_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "REFITTED", 2)
     monkeypatch.setattr(pipeline, "RECOVERED", 1)
