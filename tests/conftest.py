@@ -23,8 +23,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LONGEST = (
-    "demo", "pipeline", "warm", "bayes", "resumed", "policy_controllers", "race", "workers", "lm", "tasks", "fitted", "controllers",
-)  # fmt: skip
+    *("demo", "pipeline", "warm", "bayes", "resumed", "policy_controllers", "race", "workers", "lm", "tasks", "fitted"),
+    "controllers",
+)
 """Files that take minutes: they begin, or one process is left alone with them at the end."""
 
 
