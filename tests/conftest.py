@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.quick import shorten
 
 # Before torch is imported: test processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,7 +22,10 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("AUTOCOMPRESS_HOME", str(config.rootpath / ".pytest_cache" / "autocompress"))
 
 
-LONGEST = ("demo", "pipeline", "resumed", "warm", "race", "workers", "lm", "tasks", "fitted")
+LONGEST = (
+    *("demo", "pipeline", "warm", "bayes", "resumed", "policy_controllers", "race", "workers", "lm", "tasks", "fitted"),
+    "controllers",
+)
 """Files that take minutes: they begin, or one process is left alone with them at the end."""
 
 
@@ -38,3 +44,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test can touch the user's jobs."""
     monkeypatch.setenv("AUTOCOMPRESS_STORE", str(tmp_path / "jobs.sqlite"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_runs() -> Iterator[None]:
+    """Whole runs take seconds, also those that fixtures of a module make."""
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        yield

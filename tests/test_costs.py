@@ -273,6 +273,7 @@ def test_predicted_size_is_that_of_the_file(digits: tuple[LevelDatabase, int], l
     assert row["macs"] == count_macs(model)
 
 
+@pytest.mark.slow
 def test_predicted_packed_size_is_that_of_the_packed_file(digits: tuple[LevelDatabase, int], tmp_path: Path) -> None:
     """Each level everywhere within 4 %, half of all channels within 2 %, the original exactly; sums stay sums."""
     database, dense_bytes = digits

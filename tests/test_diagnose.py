@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from autocompress import deliver, pipeline
+from autocompress import pipeline
 from autocompress.costs import CostModel
 from autocompress.database import LevelDatabase
 from autocompress.diagnose import (
@@ -260,9 +260,8 @@ def test_what_a_method_contributed_is_loss_and_cost(
 # ---------------------------------------------------------------- in a job
 
 
+@pytest.mark.slow
 def test_a_job_keeps_the_diagnosis_of_what_it_hands_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deliver, "SECONDS_A_MODEL", 0.1)
-    monkeypatch.setattr(deliver, "COMPARE_SECONDS", 1.0)
     monkeypatch.setattr(pipeline, "REFITTED", 2)
     monkeypatch.setattr(pipeline, "RECOVERED", 1)
     task: Task = networks.task("resnet-b", n=64)

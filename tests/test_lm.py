@@ -30,6 +30,7 @@ from autocompress.types import SearchSpace
 from autocompress.verify import check_model, quality
 from autocompress.workers import Opening
 from tests.language import LENGTH, SMALL, write_folder
+from tests.quick import shorten
 
 
 @pytest.fixture(scope="module")
@@ -371,10 +372,14 @@ def test_heads_are_ordered_whole(task: Task, graph: Graph, tmp_path: Path, impor
     assert database.stitch(plan).get_submodule("model.layers.0.self_attn.k_proj").out_features == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("budget", "methods"), [("macs<=75%", ("channels", "blocks")), ("size_mb<=55%", ("lowrank", "w8", "w4"))]
 )
-def test_a_run_ends_in_a_verified_file(folder: Path, tmp_path: Path, budget: str, methods: tuple[str, ...]) -> None:
+def test_a_run_ends_in_a_verified_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: str, methods: tuple[str, ...]
+) -> None:
+    shorten(monkeypatch, exporter="dynamo")  # the byte limit is set for its files
     request = Request(
         task=f"lm:{folder}", budgets=(budget,), methods=methods, evaluations=24, recover_minutes=0.0, threads=1
     )

@@ -31,29 +31,22 @@ from autocompress.errors import (
 )
 from autocompress.evaluate import Measurer
 from autocompress.methods.coding import pack
-from autocompress.results import JobResult, Progress, Request
+from autocompress.results import METHOD_FAMILIES, JobResult, Progress, Request
 from autocompress.tasks import Task
 from autocompress.tasks.base import Split
 from autocompress.types import Evaluation, Query
 from autocompress.verify import BudgetCheck
 from tests import networks
+from tests.quick import shorten
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Less time to measure in, so that tests are fast; what is measured stays real."""
-    monkeypatch.setattr(deliver, "SECONDS_A_MODEL", 0.1)
-    monkeypatch.setattr(deliver, "COMPARE_SECONDS", 1.0)
-    monkeypatch.setattr(pipeline, "REFITTED", 4)
-    monkeypatch.setattr(pipeline, "RECOVERED", 2)
-
-
 def asked(**changes: Any) -> Request:
-    """A short job without latency, so that nothing depends on the clock."""
+    """A short job without latency, so that nothing depends on the clock, and with methods whose levels are quickly made."""
     fields: dict[str, Any] = {
         "task": "resnet-b", "budgets": ("macs<=60%",), "evaluations": 24, "recover_steps": 8, "threads": 1, "seed": 3,
+        "methods": ("channels", "blocks", "int8", "w8"),
     }  # fmt: skip
     return Request(**{**fields, **changes})
 
@@ -72,18 +65,18 @@ def points(result: JobResult) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, JobResult, list[Progress]]:
     """One real job: two budgets, all methods, 40 evaluations, 20 steps of distillation."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(deliver, "SECONDS_A_MODEL", 0.1)
-    patch.setattr(deliver, "COMPARE_SECONDS", 1.0)
-    patch.setattr(pipeline, "REFITTED", 4)
-    patch.setattr(pipeline, "RECOVERED", 2)
     out = tmp_path_factory.mktemp("digits")
-    request = asked(task="digits", budgets=("macs<=50%", "size_mb<=0.4"), evaluations=40, recover_steps=20)
+    request = asked(
+        task="digits",
+        budgets=("macs<=50%", "size_mb<=0.4"),
+        evaluations=40,
+        recover_steps=20,
+        methods=METHOD_FAMILIES,
+    )
     ticks: list[Progress] = []
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch, exporter="dynamo")  # as users get it
         result = api.run(request, out, progress=ticks.append).result
-    finally:
-        patch.undo()
     return out, result, ticks
 
 
@@ -161,10 +154,12 @@ def test_a_second_run_pays_for_nothing_and_a_point_can_be_exported(
 _CHILD = """
 import os, signal, sys
 from pathlib import Path
-from autocompress import api, deliver, pipeline
+import pytest
+from autocompress import api
 from autocompress.results import Request
 from tests import networks
-deliver.SECONDS_A_MODEL, deliver.COMPARE_SECONDS, pipeline.REFITTED, pipeline.RECOVERED = 0.1, 1.0, 4, 2
+from tests.quick import shorten
+shorten(pytest.MonkeyPatch())
 stage, after = sys.argv[3], int(sys.argv[4])
 def progress(tick):
     if tick.stage == stage and tick.done >= after:
@@ -314,7 +309,7 @@ def test_every_family_can_search_alone(tmp_path: Path, methods: tuple[str, ...])
 def test_a_budget_on_the_packed_size(tmp_path: Path) -> None:
     """Predicted from levels, measured in the file, and stated in the certificate beside the file's own size."""
     api.run(
-        asked(budgets=("packed_mb<=40%",), evaluations=12, recover_steps=0),
+        asked(budgets=("packed_mb<=40%",), evaluations=12, recover_steps=0, methods=METHOD_FAMILIES),
         tmp_path,
         task=networks.task("resnet-b", n=32),
     )
@@ -377,6 +372,10 @@ def test_damaged_files_are_sentences(tmp_path: Path) -> None:
         pipeline.export(tmp_path, "best")
     with pytest.raises(UsageError, match="run the job first"):
         pipeline.export(tmp_path / "nothing", "best")
+
+
+@pytest.mark.slow
+def test_a_damaged_original_is_made_again(tmp_path: Path) -> None:
     task = networks.task("resnet-b", n=16)
     (tmp_path / "original.json").write_text("{")
     (tmp_path / "original.onnx").write_text("x")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from autocompress import deliver, pipeline
+from autocompress import pipeline
 from autocompress.database import LevelDatabase
 from autocompress.deploy import deploy
 from autocompress.errors import UnknownName, UsageError
@@ -465,9 +465,8 @@ def test_every_word_is_documented() -> None:
         assert f"`{field.name}" in page or f"{field.name}=T" in page, field.name
 
 
+@pytest.mark.slow
 def test_a_job_recovers_as_its_recipe_says_and_its_replay_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deliver, "SECONDS_A_MODEL", 0.1)
-    monkeypatch.setattr(deliver, "COMPARE_SECONDS", 1.0)
     monkeypatch.setattr(pipeline, "REFITTED", 2)
     monkeypatch.setattr(pipeline, "RECOVERED", 1)
     task = networks.task("resnet-b", n=64)

@@ -19,9 +19,7 @@ from autocompress.results import JobResult, Progress
 from autocompress.service.store import JobStore, shared_ledger
 from autocompress.service.worker import work
 from tests import networks
-from tests.test_pipeline import _quick, asked, points
-
-__all__ = ["_quick"]  # less time to measure in, for every test here
+from tests.test_pipeline import asked, points
 
 FACTORY = "from tests import networks\n\ndef make():\n    return networks.task('resnet-b', n=32)\n"
 
@@ -123,7 +121,7 @@ def test_from_the_command_line_and_by_a_worker(tmp_path: Path) -> None:
     """A task by its name: compress, then the certificate's replay, then a worker on a second budget."""
     (tmp_path / "mine.py").write_text(FACTORY)
     task = f"{tmp_path / 'mine.py'}:make"
-    fast = ["--evaluations", "12", "--recover-steps", "0", "--json"]
+    fast = ["--evaluations", "12", "--recover-steps", "0", "--methods", "channels,blocks,int8", "--json"]
 
     def call(*args: str) -> Any:
         done = CliRunner().invoke(app, list(args), prog_name="autocompress")

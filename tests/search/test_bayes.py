@@ -23,8 +23,10 @@ from autocompress.types import Budget, Level, MethodConfig, Objective, SearchSpa
 VARIANTS = [name for name in CONTROLLERS if name.startswith("bayes")]
 
 
+@pytest.mark.slow
 class TestTPE(ControllerContract):
     name = "bayes"
+    scale = 0.5  # a proposal takes hundredths of a second
 
 
 @pytest.mark.slow
@@ -33,6 +35,7 @@ class TestGP(ControllerContract):
     scale = 0.25  # a proposal takes tenths of a second
 
 
+@pytest.mark.slow
 class TestNSGA2(ControllerContract):
     name = "bayes-nsga2"
 
