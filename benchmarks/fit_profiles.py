@@ -296,7 +296,7 @@ def profile_of(
     for name, found in shipped.items():
         space, _, regrouped = name.partition(", ")
         if regrouped:
-            errors[space] |= {f"{key}, {regrouped}": round(value, 4) for key, value in found.items()}
+            errors[space] |= {f"{key}_with_{regrouped.replace(' ', '_')}": round(v, 4) for key, v in found.items()}
     for space in errors:
         found = rows[space].get("across", {})
         for key, value in found.get("shipped", found.get("laws", {})).items():
