@@ -80,7 +80,7 @@ def _gpu(name: str, title: str, batch: int, ofa: str = "") -> Device:
 
 
 def _hat(name: str, title: str, column: str) -> Device:
-    # Profiles of their own: another runtime than the convolutional networks' on the same boards.
+    # Profiles of their own: not in the runtime that the Pi's convolutional networks ran in, nor surely the TITAN Xp's.
     columns = {"HAT encoder": column, "HAT decoder": column}
     return Device(f"{name}-transformer", title, f"transformers on {name}", columns, HAT, runtime="PyTorch (fairseq)")
 
