@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -68,13 +68,16 @@ class Networks:
 @dataclass(frozen=True, eq=False)
 class Measured:
     """Networks and their latency on one device, ``ns``  # (n_networks,); ``dropped``: why rows were left out, and how many.
-    ``whole``: they are networks, not single blocks; ``pixels``: sides of the images."""
+    ``whole``: they are networks, not single blocks; ``sizes``: sides of the images in ``unit``, or ``tokens`` of sentences;
+    ``also``: other groups to hold out, by what they are  # (n_networks,)."""
 
     networks: Networks
     ns: FloatArray
     dropped: dict[str, int]
-    pixels: tuple[int, ...]
+    sizes: tuple[int, ...]
     whole: bool = True
+    unit: str = "pixels"
+    also: Mapping[str, IntArray] = field(default_factory=dict)
 
     @property
     def space(self) -> str:
@@ -151,8 +154,8 @@ def _nasbench201(folder: Path) -> tuple[Networks, npt.NDArray[np.bool_], npt.NDA
     names = sorted({name for cell in cells for name in cell})
     table = np.array([[names.index(name) + len(names) * edge for edge, name in enumerate(cell)] for cell in cells])
     # Cells of the same operators in another order are nearly the same network: held out together.
-    groups = _numbered([tuple(sorted(cell)) for cell in cells])
-    networks = _networks("NAS-Bench-201", [_nb201_network(cell) for cell in cells], groups, table)
+    groups = numbered([tuple(sorted(cell)) for cell in cells])
+    networks = networks_of("NAS-Bench-201", [_nb201_network(cell) for cell in cells], groups, table)
     return networks, np.array([_reaches(cell) for cell in cells]), np.array([_has_dead(cell) for cell in cells])
 
 
@@ -164,7 +167,7 @@ def nasbench201(folder: Path, column: str) -> Measured:
     dead = alive & dead if column in COMPILED else np.zeros_like(alive)
     dropped = {"no path from input to output": int((~alive).sum()), "dead operators": int(dead.sum())}
     rows = alive & ~dead
-    return _measured(networks.only(rows), ms[rows], (32,), dropped)
+    return measured(networks.only(rows), ms[rows], (32,), dropped)
 
 
 def _reaches(cell: Sequence[str]) -> bool:
@@ -217,13 +220,13 @@ def _fbnet(folder: Path) -> Networks:
     data = np.load(folder / "fbnet_latency_ms.npz")
     words = [tuple(text.split("|")) for text in data["arch"]]
     # By two blocks of the widest stage: what is held out has pairs of them that were never fitted.
-    groups = _numbered([(ops[17], ops[18]) for ops in words])
-    return _networks("FBNet", [_fbnet_network(ops) for ops in words], groups, data["op_idx"] + 9 * np.arange(22))
+    groups = numbered([(ops[17], ops[18]) for ops in words])
+    return networks_of("FBNet", [_fbnet_network(ops) for ops in words], groups, data["op_idx"] + 9 * np.arange(22))
 
 
 def fbnet(folder: Path, column: str) -> Measured:
     """5,000 networks of the FBNet space at 32 pixels."""
-    return _measured(_fbnet(folder), np.load(folder / "fbnet_latency_ms.npz")[column], (32,))
+    return measured(_fbnet(folder), np.load(folder / "fbnet_latency_ms.npz")[column], (32,))
 
 
 def _fbnet_network(ops: Sequence[str]) -> Counter[Kernel]:
@@ -265,14 +268,14 @@ def _ofa(folder: Path) -> tuple[Networks, tuple[int, ...]]:
         [*(10 * i + (names.index(pair) + 1 if pair else 0) for i, pair in enumerate(row)), 200 + sizes.index(a["r"])]
         for row, a in zip(choices, archs, strict=True)
     ]
-    groups = _numbered([tuple(a["d"]) for a in archs])
-    return _networks("Once-for-all", [_ofa_network(a) for a in archs], groups, np.array(table)), tuple(sizes)
+    groups = numbered([tuple(a["d"]) for a in archs])
+    return networks_of("Once-for-all", [_ofa_network(a) for a in archs], groups, np.array(table)), tuple(sizes)
 
 
 def ofa(folder: Path, column: str) -> Measured:
     """5,000 sub-networks of Once-for-all's MobileNetV3 at 128 to 224 pixels. Held out by depths."""
     networks, sizes = _ofa(folder)
-    return _measured(networks, np.load(folder / "ofa_latency_ms.npz")[column], (sizes[0], sizes[-1]))
+    return measured(networks, np.load(folder / "ofa_latency_ms.npz")[column], (sizes[0], sizes[-1]))
 
 
 def _ofa_network(arch: dict[str, Any]) -> Counter[Kernel]:
@@ -302,8 +305,8 @@ def note10(folder: Path, column: str = "") -> Measured:
     nets = [Counter(_note10_block(key)) for _, key, _ in rows]
     names = sorted({re.sub(r"\d+x\d+x", "", key) for _, key, _ in rows})
     table = np.array([[names.index(re.sub(r"\d+x\d+x", "", key))] for _, key, _ in rows])
-    networks = _networks("Once-for-all blocks", nets, _numbered([name for name, _, _ in rows]), table)
-    return replace(_measured(networks, np.array([ms for _, _, ms in rows]), (160, 224)), whole=False)
+    networks = networks_of("Once-for-all blocks", nets, numbered([name for name, _, _ in rows]), table)
+    return replace(measured(networks, np.array([ms for _, _, ms in rows]), (160, 224)), whole=False)
 
 
 def _note10_block(key: str) -> Block:
@@ -333,13 +336,14 @@ def _note10_block(key: str) -> Block:
 # ---------------------------------------------------------------- together
 
 
-def _numbered(names: Sequence[Hashable]) -> npt.NDArray[np.int64]:
+def numbered(names: Sequence[Hashable]) -> npt.NDArray[np.int64]:
     """Equal names, equal numbers, in order of appearance."""
     seen: dict[Hashable, int] = {}
     return np.array([seen.setdefault(name, len(seen)) for name in names], np.int64)
 
 
-def _networks(space: str, nets: Sequence[Counter[Kernel]], groups: IntArray, table: IntArray) -> Networks:
+def networks_of(space: str, nets: Sequence[Counter[Kernel]], groups: IntArray, table: IntArray) -> Networks:
+    """Networks from the kernels that each runs."""
     index: dict[Kernel, int] = {}
     for net in nets:
         for kernel in net:
@@ -351,13 +355,13 @@ def _networks(space: str, nets: Sequence[Counter[Kernel]], groups: IntArray, tab
     return Networks(space, tuple(index), counts, groups, table)
 
 
-def _measured(
-    networks: Networks, ms: FloatArray, pixels: tuple[int, ...], dropped: dict[str, int] | None = None
+def measured(
+    networks: Networks, ms: FloatArray, sizes: tuple[int, ...], dropped: dict[str, int] | None = None
 ) -> Measured:
     """Rows that are no time at all (below a thousandth of the median) are dropped, and counted."""
     real = ms > 0.001 * np.median(ms)
     counted = {**(dropped or {}), "below a thousandth of the median": int((~real).sum())}
-    return Measured(networks.only(real), ms[real] * 1e6, {k: v for k, v in counted.items() if v}, pixels)
+    return Measured(networks.only(real), ms[real] * 1e6, {k: v for k, v in counted.items() if v}, sizes)
 
 
 SPACES: dict[str, Callable[[Path, str], Measured]] = {

@@ -125,12 +125,14 @@ class TestShipped:
 
     def test_names_what_it_never_saw_and_widens_the_interval(self, path: Path) -> None:
         profile = load_profile(path.stem)
-        known, attention = conv(16, 16, 32, 1), Kernel("attention", (4, 64, 16), (4, 64, 16))
+        pixels, tokens = conv(16, 16, 32, 1), Kernel("attention", (4, 64, 16), (4, 64, 16), n_inputs=3)
+        known, unseen = (tokens, pixels) if "tokens" in profile.limits else (pixels, tokens)
+        names = {pixels: "conv dense 1x1", tokens: "attention"}
         assert profile.explains([known]) == set()
         assert profile.relative_error([known]) == pytest.approx(profile.expected_error)
         int8 = replace(known, format="int8")
-        assert profile.explains([known, attention, int8]) == {"attention float", "conv dense 1x1 int8"}
-        assert profile.relative_error([known, attention]) > profile.expected_error
+        assert profile.explains([known, unseen, int8]) == {f"{names[unseen]} float", f"{names[known]} int8"}
+        assert profile.relative_error([known, unseen]) > profile.expected_error
         assert profile.predict_ns([int8])[0] == profile.predict_ns([known])[0]  # no speed-up is promised
 
 
@@ -153,6 +155,7 @@ def test_every_device_that_has_data_is_shipped() -> None:
     names = {path.stem for path in DATA}
     assert {"pixel2", "pixel3", "samsung_a50", "essential_ph_1", "note10", "raspi4"} <= names
     assert {"1080ti", "2080ti", "titanx", "titanxp"} <= names
+    assert {"xeon_gold_6130", "raspi4-transformer", "xeon_e5_2640-transformer", "titanxp-transformer"} <= names
 
 
 class TestFiles:
@@ -234,17 +237,79 @@ def test_a_job_on_two_fitted_devices_says_so(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the published measurements
 
 
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A module of the folder ``benchmarks`` by its name."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+def hat_row(**given: float) -> dict[str, float]:
+    """A transformer of HAT as its files have it, 512 wide, with one layer in the decoder."""
+    row = {"encoder_embed_dim": 512.0, "encoder_layer_num": 6.0, "encoder_ffn_embed_dim_avg": 1877.3333333333333}
+    row |= {"encoder_self_attention_heads_avg": 4.0, "decoder_embed_dim": 640.0, "decoder_layer_num": 1.0}
+    row |= {"decoder_ffn_embed_dim_avg": 1024.0, "decoder_self_attention_heads_avg": 8.0}
+    return row | {"decoder_ende_attention_heads_avg": 2.0, "decoder_arbitrary_ende_attn_avg": 2.0} | given
+
+
+class TestHat:
+    def test_an_encoder_has_the_sum_of_its_layers_widths(self, benchmark: Any) -> None:
+        kernels = benchmark("published_hat")._encoder(hat_row(), "wmt14ende")
+        macs = sum(kernel.macs * n for kernel, n in kernels.items() if kernel.kind == "linear")
+        assert macs == 30 * 512 * (6 * 4 * 512 + 2 * 22 * 512)  # 22 times 512 neurons in six layers
+        assert sum(n for kernel, n in kernels.items() if kernel.kind == "norm") == 12
+
+    def test_a_decoder_writes_a_token_at_a_time(self, benchmark: Any) -> None:
+        kernels = benchmark("published_hat")._decoder(hat_row(), "iwslt14deen")
+        assert kernels[Kernel("linear", (640, 5), (1024, 5))] == 23
+        assert kernels[Kernel("linear", (512, 5 * 23 * 2), (512, 5 * 23 * 2))] == 2  # keys and values, once
+        assert {n for kernel, n in kernels.items() if kernel.kind == "attention"} == {23}
+
+    def test_rows_timed_while_the_machine_was_slow_are_found(self, benchmark: Any) -> None:
+        ms = np.random.default_rng(0).uniform(0.9, 1.1, 400) * np.repeat([1, 3], 200)
+        layers = np.repeat([1.0, 3.0], 200)
+        drifts = benchmark("published_hat")._drifts
+        assert not drifts(ms, layers).any()
+        ms[100:150] *= 1.5
+        found = np.flatnonzero(drifts(ms, layers))
+        assert set(range(105, 145)) <= set(found) <= set(range(85, 165))
+
+
+class TestTfNas:
+    def test_blocks_are_rebuilt(self, benchmark: Any) -> None:
+        module = benchmark("published_tfnas")
+        block = module._block(module._parsed("MBInvertedResBlock_28_40_80_40_k5_s1_swish"), 96)
+        assert [k.kind for k in block].count("conv") == 5 and block[-1].kind == "add"
+        assert [k.kind for k in block].count("activation") == 4  # two of the block, swish and sigmoid of the excitation
+        assert block[2] == replace(conv(96, 96, 28, 5, groups=96), fused="relu")
+        with pytest.raises(UsageError, match="got 'skip'"):
+            module._parsed("skip")
+
+    def test_rows_up_to_the_width_of_the_input_were_not_measured(self, benchmark: Any, tmp_path: Path) -> None:
+        table = {str(width): width / 10 - 2 if width <= 24 else 1 + width / 20 for width in range(8, 80, 8)}
+        table = {"base": 9.4, "MBInvertedResBlock_56_24_0_24_k3_s1_relu": table}  # type: ignore[dict-item]
+        (tmp_path / "tfnas_latency_cpu.json").write_text(json.dumps(table))
+        measured = benchmark("published_tfnas").blocks(tmp_path)
+        assert measured.dropped == {"on a straight line up to the width of the input": 3}
+        assert measured.ns.min() > 0 and not measured.whole
+        assert [list(group) for group in measured.also.values()] == [[0, 0, 1, 1, 2, 2]]
+
+
 @pytest.mark.assets
 @pytest.mark.parametrize(
     ("space", "column", "least"),
-    [("FBNet", "pixel3", 0.9), ("NAS-Bench-201", "pixel3", 0.85), ("Once-for-all blocks", "", 0.9)],
+    [
+        ("FBNet", "pixel3", 0.9),
+        ("NAS-Bench-201", "pixel3", 0.85),
+        ("Once-for-all blocks", "", 0.9),
+        ("HAT encoder", "cpu_raspberrypi", 0.85),
+        ("HAT decoder", "cpu_raspberrypi", 0.95),
+        ("TF-NAS blocks", "", 0.7),
+    ],
 )
-def test_networks_are_rebuilt_as_they_ran(
-    space: str, column: str, least: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_networks_are_rebuilt_as_they_ran(space: str, column: str, least: float, benchmark: Any) -> None:
     """MACs of the rebuilt networks against their latency on devices that MACs decide."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    published = importlib.import_module("published")
-    measured = published.SPACES[space](published.find(os.environ["AUTOCOMPRESS_DATA"].split(":")), column)
+    folder = benchmark("published").find(os.environ["AUTOCOMPRESS_DATA"].split(":"))
+    measured = benchmark("fit_profiles").SPACES[space](folder, column)
     assert spearmanr(measured.networks.macs, measured.ns).statistic > least
     assert measured.networks.counts.shape == (len(measured.ns), len(measured.networks.kernels))
