@@ -197,7 +197,7 @@ def schema_of_profiles(as_json: o.Json = False) -> None:
 
     \b
     Example:
-      autocompress profile schema > profile.schema.json
+      autocompress profile schema
     """
     from autocompress.hwprofiles.schema import json_schema
 
