@@ -38,8 +38,8 @@ class Features:
     """Features of all operators; the first of each operator says whether it runs (``reading="none"`` of its drops).
 
     An operator that does not run has zeros only. ``alike``: for each operator the first that has the same rows at the same
-    features. Rows of ``compute(operator, features)`` are kept by their hash (64 bits with fixed multipliers: of a million different
-    rows, two share one with a probability of 3e-8).
+    features. Rows of ``compute(operator, features)`` are kept by their hash (64 bits with fixed multipliers: of a million
+    different rows, two share one with a probability of 3e-8).
     """
 
     def __init__(
