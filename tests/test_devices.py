@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,34 @@ class TestCommandLine:
         assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
         assert "predict JOB pixel2" in refused("front", str(tmp_path), "--device", "pixel2")
         assert "not both" in refused("front", str(tmp_path), "--device", "raspi4", "--x", "macs")
+
+
+class TestTheStore:
+    def test_a_change_that_fails_changes_nothing(self, finished: Finished, tmp_path: Path) -> None:
+        store, job = finished.in_a_store(tmp_path)
+
+        def fail(result: JobResult) -> JobResult:
+            raise UsageError("no")
+
+        with pytest.raises(UsageError, match="no"):
+            store.amend(job, fail)
+        assert store.result(job) == api.read_result(tmp_path / "jobs" / job) == finished.result
+        store.close()
+
+    def test_changes_at_the_same_time_are_all_kept(self, finished: Finished, tmp_path: Path) -> None:
+        store, job = finished.in_a_store(tmp_path)
+
+        def add(name: str) -> None:
+            with JobStore(store.path) as mine:
+                mine.amend(job, lambda r: r.model_copy(update={"notes": (*r.notes, name)}))
+
+        names = [f"device {i}" for i in range(6)]
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(add, names))
+        kept = store.result(job)
+        assert kept is not None and sorted(kept.notes) == names
+        assert api.read_result(tmp_path / "jobs" / job) == kept
+        store.close()
 
 
 def test_in_python(finished: Finished, tmp_path: Path) -> None:
