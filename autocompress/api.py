@@ -8,12 +8,12 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocompress.errors import BudgetUnmet, StoreError, UnknownName, UsageError
-from autocompress.files import make_folder
+from autocompress.files import make_folder, write_text
 from autocompress.results import JobResult, Point, Progress, Request
 from autocompress.types import FIDELITIES, METRICS, Budget, digest
 from autocompress.validate import make_request
@@ -74,10 +74,23 @@ class Result:
         ``pick``: ``knee``, ``fastest``, ``best``, ``smallest``, a plan's id or a limit like ``latency_ms<=4``; default:
         the best plan under the run's budgets. Raises ``VerificationError`` when the file does not compute the plan.
         """
-        from autocompress import pipeline
+        from autocompress import devices, pipeline
 
+        devices.check_limit(self.result, pick or "best")
         written = pipeline.export(self.folder, pick or "best", Path(path), task=self.task)
         return Path(written["onnx"])
+
+    def predict(self, profile: str | Path, name: str | None = None) -> Result:
+        """This result with the latency of every plan on another device, predicted in seconds and kept in ``result.json``.
+
+        ``profile``: a name or a file; ``name``: what budgets call the device, by default the profile's name. ``front``,
+        ``best("latency_ms<=5@pixel2")`` and ``export`` know it then. Raises ``UsageError`` where it is there already.
+        """
+        from autocompress import devices
+        from autocompress.hwprofiles import load_profile
+
+        prediction = devices.predict(self.result, load_profile(profile), name, self.task)
+        return replace(self, result=amend(self.folder, prediction.added_to))
 
     def _repr_html_(self) -> str:
         """The front as a table, for notebooks."""
@@ -124,6 +137,21 @@ def read_result(folder: Path) -> JobResult:
         raise StoreError(
             f"{path} is damaged or was written by another version of AutoCompress; run the job again."
         ) from error
+
+
+def amend(folder: Path, change: Callable[[JobResult], JobResult]) -> JobResult:
+    """Change ``result.json`` of a folder, atomically; returns the new result. A job of a store is changed there, too, by
+    ``JobStore.amend``."""
+    result = change(read_result(folder))
+    write_text(folder / "result.json", result.model_dump_json(indent=1))
+    return result
+
+
+def best_under(result: JobResult, budget: str) -> Point:
+    """The plan that an export takes under one limit. Raises ``BudgetUnmet`` with the nearest one."""
+    from autocompress.deliver import choose
+
+    return choose(result, budget)
 
 
 def default_folder(request: Request, task: Task | None = None) -> Path:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from autocompress.features import Feature, Features
 from autocompress.graph import Graph, Op
 from autocompress.methods import ChannelPruning, StaticInt8, WeightQuant, handler_of
+from autocompress.plan_tables import PlanTables
 from autocompress.types import (
     APART,
     METRICS,
@@ -32,10 +33,12 @@ from autocompress.types import (
     cost_key,
 )
 
-CHUNK = 512
+CHUNK = 4096
 """Plans that are looked at together."""
 BLOCKED = ("conv", "add", "pool", "global_pool", "batch_norm")
 """Operators that runtimes with a blocked layout compute in it."""
+MANY = 128
+"""From so many plans on, tables of whole operators are quicker than looking up each operator of each plan."""
 MAX_TABLE = 4096
 """Entries of a factor's dense table; larger ones are given as a function."""
 NODE_BYTES, LAYER_BYTES, DEQUANTIZE_BYTES, QUANTIZED_BYTES = 100, 250, 180, 460
@@ -117,9 +120,13 @@ class CostModel:
         self._apart = self._additions_apart()
         self._templates = tuple(self._template(op) for op in graph.ops)
         self._weights = sum(_weights_of(graph, name) for name in graph.layers) or 1
-        self._features = Features([t.features for t in self._templates], space.n_levels, self._rows)
-        self._live = self._live_results()
-        self._positions = np.array([math.prod(self._shape(t.op.result, 1)) for t in self._templates], dtype=np.int64)
+        self._features = Features([t.features for t in self._templates], space.n_levels, self._rows, self._alike())
+        self._positions = [math.prod(self._shape(t.op.result, 1)) for t in self._templates]
+        until, order = np.array(self._last_readers(), dtype=np.int64), np.arange(len(self._templates))
+        # Which operators' results are live while each one runs, itself included: (n_ops, n_ops). Floats, for BLAS; exact.
+        self._live = ((order <= order[:, None]) & (until >= order[:, None])).astype(np.float64)
+        operators = [t.features for t in self._templates]
+        self._tables = PlanTables(self._features, operators, until.tolist(), len(self.additive_keys))
         self.base_bytes = self.base_packed = 0
         dense = (
             dict(zip(self.keys, self.cost([space.dense])[0].tolist(), strict=True)) if dense_bytes or packing else {}
@@ -147,16 +154,21 @@ class CostModel:
         return np.concatenate([np.zeros((0, len(self.keys)), dtype=np.int64), *parts])
 
     def _cost(self, plans: IntArray) -> IntArray:
-        values = self._features.values(plans)
-        additive = self._features.rows(values).sum(axis=1) + self._overhead()
-        return np.concatenate([additive, self._peak(values)[:, None]], axis=1)
+        if len(plans) >= MANY:
+            total = self._tables.cost(plans)
+        else:
+            rows = self._features.rows(self._features.values(plans))  # (n, n_ops, n_keys)
+            total = rows.sum(axis=1)
+            total[:, -1] = (rows[:, :, -1] @ self._live.T).max(axis=1)
+        total[:, :-1] += self._overhead()
+        return total
 
     def deltas(self, plan: Plan) -> IntArray:
         """Change of the additive costs when one site of ``plan`` switches to one level, zero for ``peak_mb``.
 
         Options are numbered site by site, level by level.  # (n_options, n_keys)
         """
-        return np.pad(self._features.deltas(plan), ((0, 0), (0, 1)))
+        return _without_bytes(self._features.deltas(plan))
 
     def in_units(self, plan: Plan) -> dict[str, float]:
         """One plan's costs by key, in the metrics' units."""
@@ -174,7 +186,7 @@ class CostModel:
             counts = [len(first) for first, _ in merged]
 
             def rows(levels: IntArray, index: int = index, sites: tuple[int, ...] = template.sites) -> IntArray:
-                return np.pad(self._features.one_operator(index, sites, levels), ((0, 0), (0, 1)))
+                return _without_bytes(self._features.one_operator(index, sites, levels))
 
             table = None
             if math.prod(counts) <= MAX_TABLE:
@@ -279,6 +291,25 @@ class CostModel:
         vocabulary, tied = self._table(op) if op.kind == "embedding" else (0, False)
         return _Template(op, features, layer_site, sites, groups, bias, dense, vocabulary, tied)
 
+    def _alike(self) -> list[int]:
+        """For each operator the first that costs the same at the same features: blocks repeat. All that :meth:`_rows` reads
+        of a template is compared."""
+        first: dict[object, int] = {}
+        found = []
+        for i, t in enumerate(self._templates):
+            shapes = [
+                (self._shape(name, 0), self._shape(name, 0, True), bool(self.graph.values[name].heads))
+                for name in (*t.op.inputs, t.op.result)
+            ]
+            given = tuple(name in self._given for name in t.op.inputs)
+            name = len(t.op.layer or "") if self.packing is None else t.op.layer
+            levels = None if t.layer_site is None else self.space.levels[t.layer_site]
+            apart = t.op.result in self._apart
+            kernel = (t.op.kind, t.op.kernel, t.op.stride, t.op.fused, apart, t.op.layer is None, name, levels)
+            rest = (t.groups, t.bias, t.dense_inputs, t.vocabulary, t.tied)
+            found.append(first.setdefault((tuple(shapes), given, kernel, rest), i))
+        return found
+
     def _table(self, op: Op) -> tuple[int, bool]:
         """Rows of an embedding, and whether a head reads the same weight (and has it counted)."""
         name = next(str(node.target) for node in self.graph.module.graph.nodes if node.name == op.node)
@@ -352,18 +383,20 @@ class CostModel:
     # ------------------------------------------------------------ sums
 
     def _rows(self, asked: Sequence[tuple[int, tuple[int, ...]]]) -> IntArray:
-        """Additive costs of operators at given features.  # (n, n_additive)"""
+        """Additive costs of operators at given features, and behind them the bytes of their results.  # (n, n_keys)"""
         lowered = [self._lower(self._templates[index], features) for index, features in asked]
         flat = [kernel for kernels in lowered for kernel in kernels]
         owner = np.repeat(np.arange(len(asked)), [len(kernels) for kernels in lowered])
-        rows = np.zeros((len(asked), len(self.additive_keys)), dtype=np.int64)
+        rows = np.zeros((len(asked), len(self.keys)), dtype=np.int64)
         for column, profile in enumerate(self.profiles.values()):
             np.add.at(rows[:, column], owner, profile.predict_ns(flat) if flat else [])
         for row, (index, features), kernels in zip(rows, asked, lowered, strict=True):
             static = self._static(self._templates[index], features, kernels)
             row[len(self.profiles) : len(self.profiles) + len(STATIC)] = static
             if self.packing is not None:
-                row[-1] = round(int(static[SIZE]) * self._packed_share(index, features, self.packing))
+                row[-2] = round(int(static[SIZE]) * self._packed_share(index, features, self.packing))
+            width, quantized = features[2 + len(self._templates[index].op.inputs)], features[-1]
+            row[-1] = width * self._positions[index] * (1 if quantized else 4)
         return rows
 
     def _packed_share(self, index: int, features: tuple[int, ...], packing: Packing) -> float:
@@ -423,28 +456,23 @@ class CostModel:
         packed = [self.base_packed] if self.packing is not None else []
         return np.array([*fixed, 0, self._stored, self.base_bytes, self._stored, 0, *packed], dtype=np.int64)
 
-    def _live_results(self) -> IntArray:
-        """For each operator in order: which operators' results are live while it runs, itself included.  # (n_ops, n_ops)"""
+    def _last_readers(self) -> list[int]:
+        """For each operator in order: the last one that reads its result, itself if none does."""
         producer = {t.op.result: i for i, t in enumerate(self._templates)}
-        last: dict[int, int] = {i: i for i in range(len(self._templates))}
+        last = list(range(len(self._templates)))
         for i, template in enumerate(self._templates):
             for name in template.op.inputs:
                 made = producer.get(self._made_by[name])
                 if made is not None:
                     last[made] = max(last[made], i)
-        order = np.arange(len(self._templates))
-        until = np.array([last[i] for i in range(len(self._templates))], dtype=np.int64)
-        live: IntArray = ((order <= order[:, None]) & (until >= order[:, None])).astype(np.int64)
-        return live
+        return last
 
-    def _peak(self, values: IntArray) -> IntArray:
-        """Most bytes of live activations of one example while any operator runs, by features.  # (n,)"""
-        inputs = np.array([len(t.op.inputs) for t in self._templates], dtype=np.int64)
-        width = values[:, self._features.starts + 2 + inputs]  # (n, n_ops)
-        quantized = values[:, self._features.starts + self._features.counts - 1]
-        sizes = width * self._positions * np.where(quantized > 0, 1, 4)
-        peak: IntArray = (sizes @ self._live.T).max(axis=1)
-        return peak
+
+def _without_bytes(rows: IntArray) -> IntArray:
+    """Rows of operators with zero in the last column: a peak is no sum of bytes."""
+    rows = rows.copy()
+    rows[:, -1] = 0
+    return rows
 
 
 def _constants(graph: Graph) -> int:

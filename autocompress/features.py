@@ -37,8 +37,9 @@ class Feature:
 class Features:
     """Features of all operators; the first of each operator says whether it runs (``reading="none"`` of its drops).
 
-    An operator that does not run has zeros only. Rows of ``compute(operator, features)`` are kept by their hash (64 bits with
-    fixed multipliers: of a million different rows, two share one with a probability of 3e-8).
+    An operator that does not run has zeros only. ``alike``: for each operator the first that has the same rows at the same
+    features. Rows of ``compute(operator, features)`` are kept by their hash (64 bits with fixed multipliers: of a million
+    different rows, two share one with a probability of 3e-8).
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Features:
         operators: Sequence[Sequence[Feature]],
         n_levels: Sequence[int],
         compute: Callable[[Sequence[tuple[int, tuple[int, ...]]]], IntArray],
+        alike: Sequence[int] | None = None,
     ) -> None:
         self._compute = compute
         self.offsets = np.concatenate([[0], np.cumsum(n_levels)]).astype(np.int64)
@@ -58,7 +60,8 @@ class Features:
         self._none, self._any = readings == "none", readings == "any"  # (n_features,)
         place = np.arange(len(features)) - np.repeat(self.starts, self.counts)
         self._factor = np.random.default_rng(0).integers(0, 2**63, int(self.counts.max()), np.uint64)[place] * 2 + 1
-        self._salt = np.arange(1, len(operators) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        kinds = np.arange(len(operators)) if alike is None else np.array(alike)
+        self._salt = (kinds + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         self._site_of = np.repeat(np.arange(len(n_levels)), n_levels)  # (n_options,)
         self._gain = self._sum_up(features)
         self._sparse_gain = csr_array(self._gain)

@@ -24,7 +24,7 @@ from autocompress.diagnose import diagnose
 from autocompress.errors import BudgetUnmet, Cancelled, InfeasibleBudget, StoreError, UsageError, VerificationError
 from autocompress.evaluate import Measurer, ModelEvaluator
 from autocompress.files import make_folder, write_json, write_text
-from autocompress.hwprofiles import recalibrated, scaled
+from autocompress.hwprofiles import recalibrated
 from autocompress.inherit import uninherited
 from autocompress.ledger import JobLedger, NoLedger, Shared, Start, started
 from autocompress.models import Models
@@ -74,10 +74,10 @@ SLOWER = 1.03
 """A file that takes this much longer than the original, timed in the same rounds, is slower."""
 SENSITIVITY_SHARE, LEAST_SENSITIVITY = 4, 24
 """One-site plans that are judged for the sensitivity map, beside those that the search knows: one in so many evaluations."""
-CORRECTIONS = 3
-"""How often the profile may be corrected by what plans took, and the search go on."""
+ENOUGH = (RECOVERED, 2, 2)
+"""Where fewer plans hold the limits as measured, the profile is corrected by what they took, and the search goes on."""
 SPARE, ROOM = 0.98, 0.94
-"""After predictions proved too low, the search aims this much below the limit, and one plan below that again."""
+"""After predictions proved too low, the search aims this much below the limit (each time again), and one plan below that."""
 
 
 class _Stages:
@@ -389,9 +389,9 @@ class _Run:
     def _correct(self, deliveries: list[Delivery]) -> list[Delivery]:
         """While too few plans hold the budgets as measured, though others were predicted to: what was measured corrects the
         profile, and the search goes on."""
-        for _ in range(CORRECTIONS):
+        for turn, enough in enumerate(ENOUGH):
             promised = [d for d in deliveries if self._cheap_enough(d.evaluation) and not self._holds(d)]
-            if not promised or self.made.profiles["local"].laws or sum(self._holds(d) for d in deliveries) >= RECOVERED:
+            if not promised or self.made.profiles["local"].laws or sum(self._holds(d) for d in deliveries) >= enough:
                 break
             off = max(d.measured[LOCAL] / d.evaluation.costs[LOCAL] for d in promised) - 1
             self.notes.append(
@@ -399,7 +399,7 @@ class _Run:
             )
             deliveries = self._corrected(deliveries)
             with self.stages.at("search", "again, under the corrected latency"):
-                tight = [replace(b, limit=b.limit * SPARE) if b.key == LOCAL else b for b in self.budgets]
+                tight = [replace(b, limit=b.limit * SPARE ** (turn + 1)) if b.key == LOCAL else b for b in self.budgets]
                 try:
                     check_feasible(self.made.space, self.made.costs, tight)
                 except InfeasibleBudget:
@@ -420,9 +420,7 @@ class _Run:
         ]
         scale = METRICS["latency_ms"].scale
         networks = [([k for _, ks in made.costs.kernels(plan) for k in ks], ms / scale) for plan, ms in timed]
-        profile = recalibrated(profile, networks)
-        original = profile.overhead_ns + float(profile.predict_ns(networks[0][0]).sum())
-        self.made = made = made.with_profile("local", scaled(profile, networks[0][1] / original))
+        self.made = made = made.with_profile("local", recalibrated(profile, networks))
         self.evaluator.costs = made.costs
         self.known = self.evaluator.known(self.start.entries.items())
         judged = [e for rung in FIDELITIES for e in self.front.evaluations(rung)]

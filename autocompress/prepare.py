@@ -117,7 +117,7 @@ def prepare(
             packing = packed_levels(database, Path(original.path))
     costs = CostModel(graph, space, profiles, original.bytes, packing)
     dense = costs.in_units(space.dense)
-    notes = (*_notes(graph, space, task, request), *_of_profiles(profiles, kernels_of(graph, space, samples=0)))
+    notes = (*_notes(graph, space, task, request), *notes_of_profiles(profiles, kernels_of(graph, space, samples=0)))
     return Prepared(task, graph, space, database, costs, original, profiles, dense, notes)
 
 
@@ -156,7 +156,7 @@ def _simulated(space: SearchSpace) -> tuple[str, ...]:
     )
 
 
-def _of_profiles(profiles: Mapping[str, HardwareProfile], kernels: Sequence[Kernel]) -> tuple[str, ...]:
+def notes_of_profiles(profiles: Mapping[str, HardwareProfile], kernels: Sequence[Kernel]) -> tuple[str, ...]:
     """Which latencies were never measured on their device, and which operators their profiles have never seen."""
     notes = [
         f"Latency on {name} is predicted by a fitted profile ({profile.provenance}: "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from autocompress.deliver import Delivery
+from autocompress.hwprofiles import HardwareProfile
 from autocompress.prepare import Prepared
 from autocompress.results import BudgetRow, Diagnosis, JobResult, LedgerRow, OpRow, Point, RaceEntry, Request, SiteRow
 from autocompress.search import ParetoFront
@@ -62,23 +64,25 @@ def make_result(
         best=plan_id(made, best.evaluation.plan) if best else None,
         evaluations=evaluations,
         seconds={stage: round(value, 2) for stage, value in seconds.items()},
-        devices={
-            name: {
-                "device": p.device,
-                "provenance": p.provenance,
-                "noise_floor": p.noise_floor,
-                "threads": p.threads,
-                "source": dict(p.source),
-                "expected_error": p.expected_error,
-            }
-            for name, p in made.profiles.items()
-        },
+        devices={name: device_row(profile) for name, profile in made.profiles.items()},
         notes=tuple(notes),
         ledger=ledger,
         race=tuple(race),
         diagnosis=diagnosis,
         request=request,
     )
+
+
+def device_row(profile: HardwareProfile) -> dict[str, Any]:
+    """What a result says of a device whose latency it holds."""
+    return {
+        "device": profile.device,
+        "provenance": profile.provenance,
+        "noise_floor": profile.noise_floor,
+        "threads": profile.threads,
+        "source": dict(profile.source),
+        "expected_error": profile.expected_error,
+    }
 
 
 def plan_id(made: Prepared, plan: Plan) -> str:

@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from autocompress.types import Fidelity, digest
+from autocompress.errors import UnknownName
+from autocompress.types import Fidelity, cost_key, digest
 
 Stage = Literal["task", "graph", "database", "profile", "search", "refit", "recover", "export", "verify", "diagnose"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -319,6 +320,14 @@ class JobResult(_Record):
         """A cost's key as it is shown: ``latency_ms@pixel3, fitted``."""
         name, at, device = key.partition("@")
         return f"{name}@{self.device_label(device)}" if at else name
+
+    def device_key(self, device: str) -> str:
+        """The key of a device's predicted latency. Raises ``UnknownName`` where there is none, with the way to it."""
+        key = cost_key("latency_ms", device)
+        if key not in self.original.costs:
+            known = [name for metric, at, name in (k.partition("@") for k in self.original.costs) if at]
+            raise UnknownName("device", device, known, f"Add it with 'autocompress predict JOB {device}'.")
+        return key
 
     def point(self, point_id: str) -> Point:
         for point in (self.original, *self.points):

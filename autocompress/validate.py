@@ -184,7 +184,7 @@ def _devices(budgets: Sequence[Budget], profiles: Mapping[str, str], batch: int)
             if device not in known:
                 hint = "'local' is this machine; measure another with 'autocompress profile measure --name NAME' there."
                 raise UnknownName("profile", device, {"local", *profiles, *known}, hint)
-            _same_batch(device, load_profile(device), batch)  # a damaged one raises
+            same_batch(device, load_profile(device), batch)  # a damaged one raises
 
 
 def _profiles(profiles: Mapping[str, str], budgets: Sequence[Budget], batch: int) -> dict[str, str]:
@@ -201,11 +201,12 @@ def _profiles(profiles: Mapping[str, str], budgets: Sequence[Budget], batch: int
             raise UsageError(f"No budget asks for device {name!r} of --profile {name}={path}; {way}")
         if not Path(path).is_file():
             raise UsageError(f"--profile {name} takes a file that exists, got {path!r}; 'profile measure' writes one.")
-        _same_batch(name, HardwareProfile.load(path), batch)  # a damaged one raises
+        same_batch(name, HardwareProfile.load(path), batch)  # a damaged one raises
     return {name: str(Path(path).resolve()) for name, path in profiles.items()}
 
 
-def _same_batch(device: str, profile: HardwareProfile, batch: int) -> None:
+def same_batch(device: str, profile: HardwareProfile, batch: int) -> None:
+    """Latencies of other batches do not compare with a request's. Raises ``UsageError``."""
     if profile.batch != batch:
         raise UsageError(
             f"The profile of {device!r} was measured with batches of {profile.batch}, the request has --batch {batch}; "

@@ -174,8 +174,8 @@ class TestFiles:
         ("change", "sentence"),
         [
             ({"laws": [{"family": [], "overhead": -1, "macs": 1}]}, "overhead is a number of at least 0, got -1"),
-            ({"laws": [{"family": []}]}, "needs the field 'overhead'"),
-            ({"laws": [{"family": "conv"}]}, "family is a list of words, got 'conv'"),
+            ({"laws": [{"family": []}]}, r"needs the field 'laws\[0\].overhead'"),
+            ({"laws": [{"family": "conv"}]}, r"laws\[0\].family is a list, got 'conv'"),
             ({"laws": []}, "needs measured kernels or fitted laws"),
             ({"expected_error": -0.1}, "expected_error is a number of at least 0"),
             ({"schema": 3}, "schema 1 or 2"),

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from autocompress import __version__
-from autocompress.cli import jobs, packing, profiles, run, timing, tools
+from autocompress.cli import jobs, packing, predict, profiles, run, timing, tools
 from autocompress.cli.console import Group
 from autocompress.cli.demo import demo
 
@@ -55,6 +55,7 @@ app.command()(jobs.worker)
 app.add_typer(jobs.jobs_app, name="jobs")
 app.command()(jobs.show)
 app.command()(jobs.front)
+app.command()(predict.predict)
 app.command()(run.diagnose)
 app.command()(jobs.cancel)
 app.command()(run.export)

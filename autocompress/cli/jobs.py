@@ -183,35 +183,49 @@ def show(job: o.JobName, store: o.Store = None, as_json: o.Json = False) -> None
 def front(
     job: o.JobName,
     png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="Draw the front, too.")] = None,
-    x: Annotated[str | None, typer.Option("--x", metavar="COST", help="The picture's axis, such as size_mb.")] = None,
+    x: Annotated[str | None, typer.Option("--x", metavar="COST", help="The front's cost, such as size_mb.")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="NAME", help="The same as --x latency_ms@NAME.")
+    ] = None,
     store: o.Store = None,
     as_json: o.Json = False,
 ) -> None:
     """Print a job's Pareto front.
 
-    As a table and, with --png, as a picture.
+    As a table and, with --png, as a picture. With --x or --device it is that of the loss and another cost.
 
     \b
     Example:
       autocompress front 3f2a --png front.png
+      autocompress front 3f2a --device pixel3 --png pixel3.png
     """
     found = find(job, store)
     result = found.need_result()
+    x = _cost(result, x, device)
     if png is not None:
         _draw(result, png, x)
     if as_json:
-        print_json({"task": result.task, "front": front_json(result), "picture": str(png) if png else None})
+        print_json({"task": result.task, "front": front_json(result, x), "picture": str(png) if png else None})
         return
-    print_front(result)
+    print_front(result, x)
     if png is not None:
         out.print(f"  {png}", markup=False)
+
+
+def _cost(result: JobResult, x: str | None, device: str | None) -> str | None:
+    """The cost of the front that is wanted; ``None`` is the one that was searched."""
+    if x is not None and device is not None:
+        raise UsageError(f"A front has one cost: --x {x} or --device {device}, not both; leave one out.")
+    if device is not None:
+        return result.device_key(device)
+    if x is not None and x not in result.original.costs:
+        raise UnknownName("cost", x, result.original.costs)
+    return x
 
 
 def _draw(result: JobResult, path: Path, x: str | None) -> None:
     if path.suffix != ".png":
         raise UsageError(f"--png names a .png file, got {str(path)!r}.")
-    if x is not None and x not in result.original.costs:
-        raise UnknownName("cost", x, result.original.costs)
     from autocompress.dashboard.picture import write_front_png
 
     write_front_png(result, path, x)

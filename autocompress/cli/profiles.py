@@ -1,4 +1,4 @@
-"""The verbs about devices: profile measure, list, show, compare and validate."""
+"""The verbs about devices: profile measure, list, show, compare, validate and schema."""
 
 from __future__ import annotations
 
@@ -187,6 +187,21 @@ def validate_profile(
         print_json({"valid": True, **summary(profile)})
     else:
         out.print(f"{file} is a valid profile: {profile.device}, {_origin(profile)}.", markup=False)
+
+
+@profile_app.command("schema")
+def schema_of_profiles(as_json: o.Json = False) -> None:
+    """Print the format of profiles as JSON Schema.
+
+    Draft 2020-12; for programs that write profiles, and for editors that check them. It is JSON with and without --json.
+
+    \b
+    Example:
+      autocompress profile schema
+    """
+    from autocompress.hwprofiles.schema import json_schema
+
+    print_json(json_schema())
 
 
 def _origin(profile: HardwareProfile) -> str:

@@ -162,10 +162,11 @@ def export(
     if out_file is not None and out_file.suffix != ".onnx":
         raise UsageError(f"--out names an .onnx file, got {str(out_file)!r}.")
     found = find(job, store)
-    found.need_result()
+    result = found.need_result()
     with quiet_stdout(), StageProgress() as progress:
-        from autocompress import pipeline
+        from autocompress import devices, pipeline
 
+        devices.check_limit(result, pick)
         written = pipeline.export(found.folder, pick, out_file, progress=progress)
     if as_json:
         print_json(written)

@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from autocompress.api import judged_last
 from autocompress.cli.console import err, out, say
 from autocompress.dashboard.diagnosis import class_rows, contribution_rows, exemplar_rows, layer_rows, summary
+from autocompress.dashboard.front import handed_out
 from autocompress.dashboard.tables import race_rows
 from autocompress.results import JobResult, Point, Progress, Stage
 
@@ -108,26 +109,30 @@ def number(value: float | None) -> str:
     return f"{value:.4g}"
 
 
-def front_rows(result: JobResult) -> list[Point]:
-    """The original first, then the front from the costly to the cheap; the exported plan always among them."""
-    key = next((key for key in result.objectives if key in result.original.costs), None)
-    points = [p for p in result.points if p.on_front]
+def front_rows(result: JobResult, x: str | None = None) -> list[Point]:
+    """The original first, then the front from the costly to the cheap; the exported plan always among them.
+
+    ``x``: the front in the loss and this cost, in place of the one that was searched.
+    """
+    key = x or next((key for key in result.objectives if key in result.original.costs), None)
+    points = handed_out(result, x) if x else [p for p in result.points if p.on_front]
     if result.best not in (None, result.original.id, *(p.id for p in points)):
         points.append(judged_last(result, str(result.best)))
-    points.sort(key=lambda p: (-(p.costs.get(key, 0.0) if key else 0.0), p.id))
+    points.sort(key=lambda p: (-(p.costs.get(key, 0.0) if key else 0.0), p.id))  # as predicted: all plans have that
     return [result.original, *points]
 
 
-def cost_keys(result: JobResult) -> list[str]:
-    """Costs worth a column: what is budgeted or traded, then size and MACs; ``--json`` has them all."""
-    wanted = [*(row.key for row in result.budgets), *result.objectives, "size_mb", "macs"]
+def cost_keys(result: JobResult, x: str | None = None) -> list[str]:
+    """Costs worth a column: what is asked for, budgeted or traded, every device, then size and MACs; ``--json`` has them all."""
+    devices = [key for key in result.original.costs if "@" in key]
+    wanted = [*filter(None, [x]), *(row.key for row in result.budgets), *result.objectives, *devices, "size_mb", "macs"]
     return [key for key in dict.fromkeys(wanted) if key in result.original.costs]
 
 
-def print_front(result: JobResult) -> None:
-    """The front as a table, never cut off: metric, drop, costs as predicted and measured, budgets and rung."""
-    rows = front_rows(result)
-    keys = cost_keys(result)
+def print_front(result: JobResult, x: str | None = None) -> None:
+    """The front as a table, never cut off: metric, drop, costs as predicted and measured, budgets and rung; ``x``: its cost."""
+    rows = front_rows(result, x)
+    keys = cost_keys(result, x)
     timed = [key for key in keys if "@" in key and any(key in point.measured for point in rows)]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     table.add_column("plan")
@@ -148,7 +153,9 @@ def print_front(result: JobResult) -> None:
         table.add_row(
             name + (" *" if is_best else ""), *numbers, holds, point.fidelity, style="bold" if is_best else ""
         )
-    out.print(f"{result.task}: {len(rows) - 1} plans on the front{', * exported' if result.best else ''}", markup=False)
+    which = f" of {result.key_label(x)}" if x else ""
+    exported = ", * exported" if result.best else ""
+    out.print(f"{result.task}: {len(rows) - 1} plans on the front{which}{exported}", markup=False)
     Console(width=max(out.width, WIDEST), highlight=False).print(table)
 
 
@@ -192,7 +199,7 @@ def _print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     Console(width=max(out.width, WIDEST), highlight=False).print(table)
 
 
-def front_json(result: JobResult) -> list[dict[str, Any]]:
+def front_json(result: JobResult, x: str | None = None) -> list[dict[str, Any]]:
     """The same rows for machines."""
     return [
         {
@@ -209,5 +216,5 @@ def front_json(result: JobResult) -> list[dict[str, Any]]:
             "rung": point.fidelity,
             "plan": point.plan,
         }
-        for point in front_rows(result)
+        for point in front_rows(result, x)
     ]

@@ -187,6 +187,13 @@ def read_front(result: JobResult, x: str | None = None, y: str | None = None, ru
     return Front(x_axis, y_axis, rung, points, shown, x_range, y_range, outside, len(of_rung) - len(drawn))
 
 
+def handed_out(result: JobResult, key: str) -> list[Point]:
+    """Of the plans that could be handed out, those that no other beats in loss and in ``key``; from the cheap to the costly."""
+    final = [p for p in result.points if p.fidelity in ("refitted", "recovered")] or list(result.points)
+    known = [p for p in final if math.isfinite(value_of(p, key) + value_of(p, "loss"))]
+    return _non_dominated(known, axis_of(result, key), Axis("loss", _TITLES["loss"]))
+
+
 def front_line(front: Front) -> tuple[list[float], list[float], Literal["hv", "vh"]]:
     """The front's steps: what can be had at every x. ``hv``: hold y until the next point, then jump."""
     places = sorted(front.at(point) for point in front.points["front"])

@@ -95,8 +95,8 @@ def show_progress(job: Job) -> None:
 
 
 @st.cache_resource(max_entries=16)
-def load_result(_store: JobStore, path: str, job_id: str) -> JobResult | None:
-    """The front of a job that is over, read once (it never changes); ``None`` where there is none."""
+def load_result(_store: JobStore, path: str, job_id: str, size: int) -> JobResult | None:
+    """The front of a job that is over, read once a ``size`` (a device may be added later); ``None`` where there is none."""
     return _store.result(job_id)
 
 
@@ -117,7 +117,7 @@ def show(store: JobStore, job: Job) -> None:
         st.error(job.error or "It failed without a message.")
     elif job.state == "cancelled":
         st.info("This job was cancelled; submit it again to go on.")
-    result = load_result(store, str(store.path), job.id)
+    result = load_result(store, str(store.path), job.id, store.result_bytes(job.id))
     if result is not None:
         _show_notes(result)
         _show_result(store, job, result)

@@ -1,8 +1,9 @@
-"""Networks that were timed correct the profile that predicted them: one factor a kind and format of kernels.
+"""Networks that were timed correct the profile that predicted them: a factor a kind and format of kernels, a constant a layer.
 
 What no kernel shows alone (caches that other kernels have filled, a layer that breaks its neighbours' fusion or layout)
 shows in whole networks. One factor c fits them all first, then each group's own is drawn to it where the networks say little:
-min_s sum_i ((sum_g s_g t_ig + t_0) / y_i - 1)^2 + RIDGE sum_g (s_g / c - 1)^2, bounded.
+min_{s,a} sum_i ((sum_g s_g t_ig + a n_i + t_0) / y_i - 1)^2 + RIDGE (sum_g (s_g / c - 1)^2 + (a / m)^2), bounded;
+n_i counts layers, m is the mean time of one.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import numpy as np
 from scipy.optimize import lsq_linear
 
 from autocompress.errors import UsageError
-from autocompress.hwprofiles.profile import HardwareProfile
+from autocompress.hwprofiles.profile import Entry, HardwareProfile
 from autocompress.types import Kernel
 
 RIDGE = 3e-3
 """A group's factor twice the common one must take 5 % off the error of one network, or as much in all."""
 BOUNDS = (0.25, 4.0)
+LAYERS = ("conv", "linear")
+"""Kernels that take the constant."""
 
 
 def recalibrated(profile: HardwareProfile, networks: Sequence[tuple[Sequence[Kernel], float]]) -> HardwareProfile:
@@ -39,13 +42,26 @@ def recalibrated(profile: HardwareProfile, networks: Sequence[tuple[Sequence[Ker
     left = 1.0 - profile.overhead_ns / measured
     together = times.sum(axis=1)
     common = float(np.clip(together @ left / (together @ together), *BOUNDS))
-    pull = np.sqrt(RIDGE)
-    rows = np.concatenate([common * times, pull * np.eye(len(groups))])
-    own = lsq_linear(rows, np.concatenate([left, np.full(len(groups), pull)]), BOUNDS).x
+    layers = np.array([sum(k.kind in LAYERS for k in kernels) for kernels, _ in networks])
+    mean = float((together * measured).sum() / max(layers.sum(), 1))  # ns of a layer
+    pull, n = np.sqrt(RIDGE), len(groups)
+    known = np.concatenate([common * times, (mean * layers / measured)[:, None]], axis=1)
+    wanted = np.concatenate([left, np.full(n, pull), [0.0]])
+    lower, upper = np.array([*[BOUNDS[0]] * n, 0.0]), np.array([*[BOUNDS[1]] * n, 1.0])
+    *own, share = lsq_linear(np.concatenate([known, pull * np.eye(n + 1)]), wanted, (lower, upper)).x
     factors = {group: round(float(common * factor), 4) for group, factor in zip(groups, own, strict=True)}
-    entries = tuple(replace(e, ns=max(1.0, e.ns * factors.get(_group(e.kernel), common))) for e in profile.entries)
-    how = {**profile.how, "corrected_by_networks": {**factors, "others": round(common, 4)}}
-    return replace(profile, entries=entries, how=how)
+    constant = float(share * mean)
+
+    def corrected(entry: Entry) -> Entry:
+        ns = entry.ns * factors.get(_group(entry.kernel), common) + constant * (entry.kernel.kind in LAYERS)
+        return replace(entry, ns=max(1.0, ns))
+
+    told = {**factors, "others": round(common, 4), "ns a layer": round(constant, 1)}
+    return replace(
+        profile,
+        entries=tuple(map(corrected, profile.entries)),
+        how={**profile.how, "corrected_by_networks": told},
+    )
 
 
 def scaled(profile: HardwareProfile, factor: float) -> HardwareProfile:

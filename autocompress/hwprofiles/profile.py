@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from autocompress.errors import UsageError
 from autocompress.files import write_text
 from autocompress.hwprofiles.fitted import TERMS, Law, Laws, family_of
 from autocompress.hwprofiles.predict import Layout, Predictor
-from autocompress.types import Format, Int8Format, IntArray, Kernel, digest
+from autocompress.hwprofiles.schema import SCHEMA, EntryPart, ProfileFile, first_error
+from autocompress.types import Int8Format, IntArray, Kernel, digest
 
-SCHEMA = 2
 READABLE = (1, 2)
 """Schema 1 had no ``laws`` and what belongs to them; its files are profiles still."""
 MEASURED = "measured"
@@ -128,21 +128,17 @@ class HardwareProfile:
     @classmethod
     def from_json(cls, data: Any, source: str = "the profile") -> HardwareProfile:
         """Inverse of :meth:`to_json`; ``source`` names the file in errors. Raises ``UsageError``."""
-        if not isinstance(data, dict) or data.get("schema") not in READABLE:
-            found = data.get("schema") if isinstance(data, dict) else None
+        found = data.get("schema") if isinstance(data, dict) else None
+        if isinstance(found, bool) or found not in READABLE:
             readable = " or ".join(map(str, READABLE))
             raise UsageError(f"A hardware profile has schema {readable}, {source} has {found!r}; measure it again.")
         try:
-            profile = _read(data)
-        except KeyError as error:
-            raise UsageError(
-                f"A hardware profile needs the field {error}, which {source} lacks; measure it again."
-            ) from None
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UsageError(
-                f"Every field of a hardware profile must be usable, in {source} one is not: {error}."
-            ) from None
-        return profile
+            return _read(ProfileFile.model_validate(data))
+        except ValidationError as error:
+            field, wrong = first_error(error)
+        if wrong is None:
+            raise UsageError(f"A hardware profile needs the field {field!r}, which {source} lacks; measure it again.")
+        raise UsageError(f"Every field of a hardware profile must be usable, in {source} one is not: {field} {wrong}.")
 
     def save(self, path: Path | str) -> None:
         """Write as JSON, atomically; one kernel or law a line."""
@@ -181,90 +177,18 @@ def _named(law: Law) -> dict[str, float]:
     return dict(zip(TERMS, law.coefficients, strict=True))
 
 
-def _read_law(data: Mapping[str, Any]) -> Law:
-    family = data["family"]
-    if not isinstance(family, list) or not all(isinstance(word, str) for word in family):
-        raise ValueError(f"family is a list of words, got {family!r}")
-    return Law(tuple(family), tuple(_number(data, term) for term in TERMS))
-
-
-def _number(data: Mapping[str, Any], key: str, least: float = 0.0) -> float:
-    value = data[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
-        raise ValueError(f"{key} is a number of at least {least:g}, got {value!r}")
-    return float(value)
-
-
-def _whole(data: Mapping[str, Any], key: str) -> int:
-    if _number(data, key, 1) % 1:
-        raise ValueError(f"{key} is a whole number, got {data[key]!r}")
-    return int(data[key])
-
-
-def _shape(data: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    values = data[key]
-    if not isinstance(values, list) or not values or not all(type(v) is int and v > 0 for v in values):
-        raise ValueError(f"{key} is a list of positive whole numbers, got {values!r}")
-    return tuple(values)
-
-
-def _pair(data: Mapping[str, Any], key: str) -> tuple[int, int]:
-    first, second = _shape(data, key)
-    return first, second
-
-
-def _choice(data: Mapping[str, Any], key: str, of: Any) -> Any:
-    if data[key] not in get_args(of):
-        raise ValueError(f"{key} is one of {', '.join(get_args(of))}, got {data[key]!r}")
-    return data[key]
-
-
-def _text(data: Mapping[str, Any], key: str) -> str:
-    if not isinstance(data[key], str):
-        raise ValueError(f"{key} is a text, got {data[key]!r}")
-    return str(data[key])
-
-
-def _read_entry(data: Mapping[str, Any]) -> Entry:
-    kernel = Kernel(
-        _text(data, "kind"),
-        _shape(data, "in_shape"),
-        _shape(data, "out_shape"),
-        _pair(data, "kernel"),
-        _pair(data, "stride"),
-        _whole(data, "groups"),
-        _choice(data, "format", Format),
-        _text(data, "fused"),
-        _whole(data, "n_inputs"),
-    )
-    ns = _number(data, "ns")
-    if ns == 0:
-        raise ValueError("ns is a positive number, got 0")
-    return Entry(kernel, ns, _number(data, "interval"))
-
-
-def _read(data: Mapping[str, Any]) -> HardwareProfile:
-    laws = tuple(_read_law(law) for law in data.get("laws", ()))
-    newer: dict[str, Any] = {
+def _read(data: ProfileFile) -> HardwareProfile:
+    fields = {name: getattr(data, name) for name in type(data).model_fields if name != "version"}
+    laws = tuple(Law(tuple(law.family), tuple(getattr(law, term) for term in TERMS)) for law in data.laws)
+    made = {
+        "entries": tuple(_read_entry(entry) for entry in data.entries),
+        "layout": Layout(data.layout.block, data.layout.granule),
         "laws": Laws(laws) if laws else None,
-        "source": dict(data.get("source", {})),
-        "fit_error": {name: dict(found) for name, found in data.get("fit_error", {}).items()},
-        "limits": dict(data.get("limits", {})),
-        "expected_error": _number({"expected_error": 0.0, **data}, "expected_error"),
     }
-    layout = Layout(_whole(data["layout"], "block"), _whole(data["layout"], "granule"))
-    words = ("name", "device", "runtime", "runtime_version", "measured_at", "provenance")
-    newer |= {key: _text(data, key) for key in words}
-    return HardwareProfile(
-        threads=_whole(data, "threads"),
-        batch=_whole(data, "batch"),
-        entries=tuple(_read_entry(entry) for entry in data["entries"]),
-        overhead_ns=_number(data, "overhead_ns"),
-        noise_floor=_number(data, "noise_floor"),
-        int8_format=_choice(data, "int8_format", Int8Format),
-        int8_evidence={key: _number(data["int8_evidence"], key) for key in data["int8_evidence"]},
-        layout=layout,
-        host=dict(data["host"]),
-        how=dict(data["how"]),
-        **newer,
-    )
+    return HardwareProfile(**fields | made)
+
+
+def _read_entry(entry: EntryPart) -> Entry:
+    found = {name: getattr(entry, name) for name in _KERNEL_FIELDS}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+    return Entry(Kernel(**values), entry.ns, entry.interval)

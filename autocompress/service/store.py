@@ -11,18 +11,18 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ValidationError
-from sqlalchemy import Row, Update, case, select, update
+from sqlalchemy import Row, Update, case, func, select, update
 from sqlalchemy.dialects.sqlite import insert
 
 from autocompress.errors import StoreError, UnknownName, UsageError
-from autocompress.files import cache_dir
+from autocompress.files import cache_dir, write_text
 from autocompress.results import JobResult, Progress, Request
 from autocompress.service.database import clear_errors, default_path, file_of, jobs, ledger, open_engine
 
@@ -177,15 +177,35 @@ class JobStore:
     def result(self, job_id: str) -> JobResult | None:
         """The outcome of a compress job, also of one that failed with a front; ``None`` for others and until it is over."""
         value = self.outcome(job_id) if self.get(job_id).kind == "compress" else None
-        if value is None:
-            return None
-        try:
-            return JobResult.model_validate(value)
-        except ValidationError as error:
-            raise StoreError(
-                f"The result of job {job_id} was written by another version of AutoCompress"
-                f" ({error.error_count()} fields differ); run the job again."
-            ) from error
+        return None if value is None else _read_result(job_id, value)
+
+    def result_bytes(self, job_id: str) -> int:
+        """How much a job's result takes here: another number once it was amended, for those who keep what they have read."""
+        query = select(func.length(jobs.c.result)).where(jobs.c.id == job_id)
+        with clear_errors(self.path), self._engine.connect() as connection:
+            return int(connection.scalar(query) or 0)
+
+    # ------------------------------------------------------------ what is added later
+
+    def amend(self, job_id: str, change: Callable[[JobResult], JobResult]) -> JobResult:
+        """Change the result of a compress job that is over, here and in ``result.json`` of its folder; returns the new one.
+
+        Nobody else can change it meanwhile. A kill between the two leaves the file ahead, and the same call brings both
+        together. Raises ``UsageError`` where there is no result to change.
+        """
+        job = self.get(job_id)
+        with clear_errors(self.path), self._engine.begin() as connection:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            mine = jobs.c.id == job.id
+            state, value = connection.execute(select(jobs.c.state, jobs.c.result).where(mine)).one()
+            if job.kind != "compress" or value is None:
+                raise UsageError(
+                    f"Only the result of a compress job that is over can be added to; {job.id} is {state}."
+                )
+            result = change(_read_result(job.id, value))
+            write_text(job.folder / "result.json", result.model_dump_json(indent=1))
+            connection.execute(update(jobs).where(mine).values(result=result.model_dump(mode="json")))
+        return result
 
     # ------------------------------------------------------------ the worker's side
 
@@ -340,6 +360,16 @@ def shared_ledger(model: str) -> Iterator[StoreLedger]:
     """
     with JobStore(cache_dir() / "ledgers" / f"{model}.sqlite") as store:
         yield store.ledger()
+
+
+def _read_result(job_id: str, value: Mapping[str, Any]) -> JobResult:
+    try:
+        return JobResult.model_validate(value)
+    except ValidationError as error:
+        raise StoreError(
+            f"The result of job {job_id} was written by another version of AutoCompress"
+            f" ({error.error_count()} fields differ); run the job again."
+        ) from error
 
 
 def _is_lost(job: Job, timeout: float) -> bool:
