@@ -1,8 +1,9 @@
-"""Networks that were timed correct the profile that predicted them: a factor a kind and format of kernels, a constant a layer.
+"""Networks that were timed correct the profile that predicted them: factors of kinds and formats of kernels and of the
+overhead, and a constant a layer.
 
 What no kernel shows alone (caches that other kernels have filled, a layer that breaks its neighbours' fusion or layout)
 shows in whole networks. One factor c fits them all first, then each group's own is drawn to it where the networks say little:
-min_{s,a} sum_i ((sum_g s_g t_ig + a n_i + t_0) / y_i - 1)^2 + RIDGE (sum_g (s_g / c - 1)^2 + (a / m)^2), bounded;
+min_{s,a} sum_i ((sum_g s_g t_ig + a n_i) / y_i - 1)^2 + RIDGE (sum_g (s_g / c - 1)^2 + (a / m)^2), bounded;
 n_i counts layers, m is the mean time of one.
 """
 
@@ -21,6 +22,7 @@ from autocompress.types import Kernel
 RIDGE = 3e-3
 """A group's factor twice the common one must take 5 % off the error of one network, or as much in all."""
 BOUNDS = (0.25, 4.0)
+OVERHEAD = "overhead"
 LAYERS = ("conv", "linear")
 """Kernels that take the constant."""
 
@@ -34,19 +36,19 @@ def recalibrated(profile: HardwareProfile, networks: Sequence[tuple[Sequence[Ker
         raise UsageError(
             f"Only a measured profile can be corrected by timed networks; {profile.name!r} is {profile.provenance}."
         )
-    groups = sorted({_group(k) for kernels, _ in networks for k in kernels})
+    groups = [OVERHEAD, *sorted({_group(k) for kernels, _ in networks for k in kernels})]
     measured = np.array([ns for _, ns in networks])
     times = np.zeros((len(networks), len(groups)))  # share of what was measured, by network and group
     for row, (kernels, ns) in zip(times, networks, strict=True):
+        row[0] = profile.overhead_ns / ns
         np.add.at(row, [groups.index(_group(k)) for k in kernels], profile.predict_ns(kernels) / ns)
-    left = 1.0 - profile.overhead_ns / measured
     together = times.sum(axis=1)
-    common = float(np.clip(together @ left / (together @ together), *BOUNDS))
+    common = float(np.clip(together.sum() / (together @ together), *BOUNDS))
     layers = np.array([sum(k.kind in LAYERS for k in kernels) for kernels, _ in networks])
     mean = float((together * measured).sum() / max(layers.sum(), 1))  # ns of a layer
     pull, n = np.sqrt(RIDGE), len(groups)
     known = np.concatenate([common * times, (mean * layers / measured)[:, None]], axis=1)
-    wanted = np.concatenate([left, np.full(n, pull), [0.0]])
+    wanted = np.concatenate([np.ones(len(networks)), np.full(n, pull), [0.0]])
     lower, upper = np.array([*[BOUNDS[0]] * n, 0.0]), np.array([*[BOUNDS[1]] * n, 1.0])
     *own, share = lsq_linear(np.concatenate([known, pull * np.eye(n + 1)]), wanted, (lower, upper)).x
     factors = {group: round(float(common * factor), 4) for group, factor in zip(groups, own, strict=True)}
@@ -57,11 +59,8 @@ def recalibrated(profile: HardwareProfile, networks: Sequence[tuple[Sequence[Ker
         return replace(entry, ns=max(1.0, ns))
 
     told = {**factors, "others": round(common, 4), "ns a layer": round(constant, 1)}
-    return replace(
-        profile,
-        entries=tuple(map(corrected, profile.entries)),
-        how={**profile.how, "corrected_by_networks": told},
-    )
+    how, overhead = {**profile.how, "corrected_by_networks": told}, profile.overhead_ns * factors[OVERHEAD]
+    return replace(profile, entries=tuple(map(corrected, profile.entries)), overhead_ns=overhead, how=how)
 
 
 def scaled(profile: HardwareProfile, factor: float) -> HardwareProfile:
