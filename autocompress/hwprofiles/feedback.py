@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 from scipy.optimize import lsq_linear
 
 from autocompress.errors import UsageError
@@ -22,7 +23,9 @@ from autocompress.types import Kernel
 RIDGE = 3e-3
 """A group's factor twice the common one must take 5 % off the error of one network, or as much in all."""
 BOUNDS = (0.25, 4.0)
-OVERHEAD = "overhead"
+LEAST = 0.05
+"""A group that never takes this share of a network has no factor of its own: it would mend what others do."""
+OVERHEAD, OTHERS = "overhead", "others"
 LAYERS = ("conv", "linear")
 """Kernels that take the constant."""
 
@@ -36,12 +39,8 @@ def recalibrated(profile: HardwareProfile, networks: Sequence[tuple[Sequence[Ker
         raise UsageError(
             f"Only a measured profile can be corrected by timed networks; {profile.name!r} is {profile.provenance}."
         )
-    groups = [OVERHEAD, *sorted({_group(k) for kernels, _ in networks for k in kernels})]
     measured = np.array([ns for _, ns in networks])
-    times = np.zeros((len(networks), len(groups)))  # share of what was measured, by network and group
-    for row, (kernels, ns) in zip(times, networks, strict=True):
-        row[0] = profile.overhead_ns / ns
-        np.add.at(row, [groups.index(_group(k)) for k in kernels], profile.predict_ns(kernels) / ns)
+    groups, times = _shares(profile, networks)
     together = times.sum(axis=1)
     common = float(np.clip(together.sum() / (together @ together), *BOUNDS))
     layers = np.array([sum(k.kind in LAYERS for k in kernels) for kernels, _ in networks])
@@ -52,15 +51,37 @@ def recalibrated(profile: HardwareProfile, networks: Sequence[tuple[Sequence[Ker
     lower, upper = np.array([*[BOUNDS[0]] * n, 0.0]), np.array([*[BOUNDS[1]] * n, 1.0])
     *own, share = lsq_linear(np.concatenate([known, pull * np.eye(n + 1)]), wanted, (lower, upper)).x
     factors = {group: round(float(common * factor), 4) for group, factor in zip(groups, own, strict=True)}
+    others = factors.setdefault(OTHERS, round(common, 4))
     constant = float(share * mean)
 
     def corrected(entry: Entry) -> Entry:
-        ns = entry.ns * factors.get(_group(entry.kernel), common) + constant * (entry.kernel.kind in LAYERS)
+        ns = entry.ns * factors.get(_group(entry.kernel), others) + constant * (entry.kernel.kind in LAYERS)
         return replace(entry, ns=max(1.0, ns))
 
-    told = {**factors, "others": round(common, 4), "ns a layer": round(constant, 1)}
-    how, overhead = {**profile.how, "corrected_by_networks": told}, profile.overhead_ns * factors[OVERHEAD]
+    how = {**profile.how, "corrected_by_networks": {**factors, "ns a layer": round(constant, 1)}}
+    overhead = profile.overhead_ns * factors.get(OVERHEAD, others)
     return replace(profile, entries=tuple(map(corrected, profile.entries)), overhead_ns=overhead, how=how)
+
+
+def _shares(
+    profile: HardwareProfile, networks: Sequence[tuple[Sequence[Kernel], float]]
+) -> tuple[list[str], npt.NDArray[np.float64]]:
+    """Groups, and what each is predicted to take of what each network took; small ones are one.  # (n_networks, n_groups)"""
+    rows: list[dict[str, float]] = []
+    for kernels, ns in networks:
+        rows.append({OVERHEAD: profile.overhead_ns / ns})
+        for kernel, time in zip(kernels, profile.predict_ns(kernels).tolist(), strict=True):
+            rows[-1][_group(kernel)] = rows[-1].get(_group(kernel), 0.0) + time / ns
+    every = sorted({group for row in rows for group in row})
+    times = np.array([[row.get(group, 0.0) for group in every] for row in rows])
+    large = times.max(axis=0) >= LEAST
+    small = times[:, ~large].sum(axis=1, keepdims=True)
+    groups = [group for group, kept in zip(every, large, strict=True) if kept]
+    return (
+        (groups, times[:, large])
+        if large.all()
+        else ([*groups, OTHERS], np.concatenate([times[:, large], small], axis=1))
+    )
 
 
 def scaled(profile: HardwareProfile, factor: float) -> HardwareProfile:
