@@ -25,7 +25,7 @@ RIDGE = 3e-3
 BOUNDS = (0.25, 4.0)
 LEAST = 0.05
 """A group that never takes this share of a network has no factor of its own: it would mend what others do."""
-OVERHEAD, OTHERS = "overhead", "others"
+OVERHEAD = "overhead"
 LAYERS = ("conv", "linear")
 """Kernels that take the constant."""
 
@@ -40,33 +40,38 @@ def recalibrated(profile: HardwareProfile, networks: Sequence[tuple[Sequence[Ker
             f"Only a measured profile can be corrected by timed networks; {profile.name!r} is {profile.provenance}."
         )
     measured = np.array([ns for _, ns in networks])
-    groups, times = _shares(profile, networks)
-    together = times.sum(axis=1)
+    groups, times, rest = _shares(profile, networks)
+    together = times.sum(axis=1) + rest
     common = float(np.clip(together.sum() / (together @ together), *BOUNDS))
     layers = np.array([sum(k.kind in LAYERS for k in kernels) for kernels, _ in networks])
     mean = float((together * measured).sum() / max(layers.sum(), 1))  # ns of a layer
     pull, n = np.sqrt(RIDGE), len(groups)
     known = np.concatenate([common * times, (mean * layers / measured)[:, None]], axis=1)
-    wanted = np.concatenate([np.ones(len(networks)), np.full(n, pull), [0.0]])
+    wanted = np.concatenate([1.0 - common * rest, np.full(n, pull), [0.0]])
     lower, upper = np.array([*[BOUNDS[0]] * n, 0.0]), np.array([*[BOUNDS[1]] * n, 1.0])
     *own, share = lsq_linear(np.concatenate([known, pull * np.eye(n + 1)]), wanted, (lower, upper)).x
     factors = {group: round(float(common * factor), 4) for group, factor in zip(groups, own, strict=True)}
-    others = factors.setdefault(OTHERS, round(common, 4))
     constant = float(share * mean)
 
     def corrected(entry: Entry) -> Entry:
-        ns = entry.ns * factors.get(_group(entry.kernel), others) + constant * (entry.kernel.kind in LAYERS)
+        ns = entry.ns * factors.get(_group(entry.kernel), common) + constant * (entry.kernel.kind in LAYERS)
         return replace(entry, ns=max(1.0, ns))
 
-    how = {**profile.how, "corrected_by_networks": {**factors, "ns a layer": round(constant, 1)}}
-    overhead = profile.overhead_ns * factors.get(OVERHEAD, others)
+    how = {
+        **profile.how,
+        "corrected_by_networks": {**factors, "others": round(common, 4), "ns a layer": round(constant, 1)},
+    }
+    overhead = profile.overhead_ns * factors.get(OVERHEAD, common)
     return replace(profile, entries=tuple(map(corrected, profile.entries)), overhead_ns=overhead, how=how)
 
 
 def _shares(
     profile: HardwareProfile, networks: Sequence[tuple[Sequence[Kernel], float]]
-) -> tuple[list[str], npt.NDArray[np.float64]]:
-    """Groups, and what each is predicted to take of what each network took; small ones are one.  # (n_networks, n_groups)"""
+) -> tuple[list[str], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Groups, what each is predicted to take of what each network took, and the same of all that is too little to be one.
+
+    # (n_networks, n_groups), (n_networks,)
+    """
     rows: list[dict[str, float]] = []
     for kernels, ns in networks:
         rows.append({OVERHEAD: profile.overhead_ns / ns})
@@ -75,12 +80,10 @@ def _shares(
     every = sorted({group for row in rows for group in row})
     times = np.array([[row.get(group, 0.0) for group in every] for row in rows])
     large = times.max(axis=0) >= LEAST
-    small = times[:, ~large].sum(axis=1, keepdims=True)
-    groups = [group for group, kept in zip(every, large, strict=True) if kept]
     return (
-        (groups, times[:, large])
-        if large.all()
-        else ([*groups, OTHERS], np.concatenate([times[:, large], small], axis=1))
+        [group for group, kept in zip(every, large, strict=True) if kept],
+        times[:, large],
+        times[:, ~large].sum(axis=1),
     )
 
 
