@@ -6,13 +6,11 @@ and distilled models and the state of the clock-dependent choices are on disk, s
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shlex
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from autocompress.deliver import LEDGER_START, LOCAL, Delivery, certified, choos
 from autocompress.diagnose import diagnose
 from autocompress.errors import BudgetUnmet, Cancelled, InfeasibleBudget, StoreError, UsageError, VerificationError
 from autocompress.evaluate import Measurer, ModelEvaluator
-from autocompress.files import make_folder, write_json, write_text
+from autocompress.files import make_folder, write_text
 from autocompress.hwprofiles import recalibrated
 from autocompress.inherit import uninherited
 from autocompress.ledger import JobLedger, NoLedger, Shared, Start, started
@@ -31,9 +29,10 @@ from autocompress.models import Models
 from autocompress.precision import allowed
 from autocompress.prepare import Prepared, prepare, recovery_of
 from autocompress.report import make_result
-from autocompress.results import Diagnosis, JobResult, LedgerRow, Progress, RaceEntry, Request, Stage
+from autocompress.results import Diagnosis, JobResult, LedgerRow, Progress, RaceEntry, Request
 from autocompress.search import CONTROLLERS, ParetoFront, Polish, Racer, check_feasible, racers, run_race
 from autocompress.search import run as run_search
+from autocompress.stages import Stages
 from autocompress.tasks import Task
 from autocompress.types import (
     FIDELITIES,
@@ -80,37 +79,6 @@ SPARE, ROOM = 0.98, 0.94
 """After predictions proved too low, the search aims this much below the limit (each time again), and one plan below that."""
 
 
-class _Stages:
-    """Progress ticks and wall time by stage; ``path``: where it is kept, so that the time before an interruption counts."""
-
-    def __init__(self, progress: Callable[[Progress], None] | None, path: Path | None = None) -> None:
-        self.progress, self.path = progress, path
-        self.seconds: dict[str, float] = {}
-        if path is not None:
-            with suppress(OSError, ValueError, TypeError, AttributeError):
-                self.seconds = {str(k): float(v) for k, v in json.loads(path.read_bytes()).items()}
-        self.stage: Stage = "task"
-        self.inner = 0.0  # seconds that stages inside the current one took
-
-    @contextmanager
-    def at(self, stage: Stage, message: str = "") -> Iterator[None]:
-        outer, inner, start = self.stage, self.inner, time.perf_counter()
-        self.stage, self.inner = stage, 0.0
-        self.tick(0, None, message)
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - start
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent - self.inner
-            self.stage, self.inner = outer, inner + spent
-            if self.path is not None:
-                write_json(self.path, self.seconds)
-
-    def tick(self, done: int, total: int | None, message: str = "") -> None:
-        if self.progress:
-            self.progress(Progress(stage=self.stage, done=done, total=total, message=message))
-
-
 def compress(
     request: Request,
     out: Path,
@@ -136,7 +104,7 @@ def compress(
     Where(request.device, "float32" if request.precision == "auto" else request.precision)  # refuses what is not there
     make_folder(out)
     _refuse_foreign(request, out)
-    stages = _Stages(progress, out / "seconds.json")
+    stages = Stages(progress, out / "seconds.json")
     torch.set_num_threads(request.threads or len(os.sched_getaffinity(0)))
     run = _Run(request, out, task, ledger, stages, cancelled, shared)
     try:
@@ -167,7 +135,7 @@ class _Run:
         out: Path,
         task: Task | None,
         ledger: Ledger | None,
-        stages: _Stages,
+        stages: Stages,
         cancelled: Callable[[], bool] | None,
         shared: Shared | None = None,
     ) -> None:
@@ -626,7 +594,7 @@ def export(
     request = result.request
     if request is None:
         raise UsageError(f"{folder / 'result.json'} does not say what was asked; run the job again.")
-    stages = _Stages(progress)
+    stages = Stages(progress)
     torch.set_num_threads(request.threads or len(os.sched_getaffinity(0)))
     point = choose(result, pick)
     run = _Run(request.model_copy(update={"workers": None}), folder, task, None, stages, cancelled)

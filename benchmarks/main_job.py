@@ -19,9 +19,10 @@ from common import folders, load, save
 from autocompress.errors import BudgetUnmet
 from autocompress.evaluate import forward
 from autocompress.files import cache_dir
-from autocompress.pipeline import _Run, _Stages, compress
+from autocompress.pipeline import _Run, compress
 from autocompress.results import METHOD_FAMILIES, JobResult, Request
 from autocompress.service.store import JobStore
+from autocompress.stages import Stages
 
 CHANNELS = ("channels", "blocks")
 PROBLEMS = {  # key -> network, budget, methods
@@ -83,7 +84,7 @@ def one(key: str, args: argparse.Namespace) -> dict[str, object]:
             print(error)
             result = JobResult.model_validate_json((out / "result.json").read_text())
     cpu = time.process_time() - cpu
-    run = _Run(request, out, None, None, _Stages(None), None)
+    run = _Run(request, out, None, None, Stages(None), None)
     torch.set_num_threads(1)
     run._prepare()
     certificate = json.loads((out / "certificate.json").read_text())

@@ -16,6 +16,7 @@ from autocompress.errors import UsageError
 from autocompress.hwprofiles import Entry, HardwareProfile, load_profile, recalibrated, scaled
 from autocompress.prepare import Prepared, kernels_of
 from autocompress.results import Request
+from autocompress.stages import Stages
 from autocompress.types import Evaluation, Format, Kernel, Plan
 
 
@@ -79,7 +80,7 @@ def test_a_search_goes_on_until_plans_hold_as_measured(tmp_path: Path, monkeypat
         recover_minutes=0,
         profiles={"local": str(path)},
     )
-    run = pipeline._Run(request, tmp_path / "out", None, None, pipeline._Stages(None), None)
+    run = pipeline._Run(request, tmp_path / "out", None, None, Stages(None), None)
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(
         "autocompress.prepare._profile", lambda d, r, graph, space, *_: profile_of(kernels_of(graph, space))
