@@ -26,7 +26,8 @@ from autocompress.types import Kernel
 
 ROOT = Path(__file__).parents[1]
 MEASURED = sorted(SHIPPED.glob("h200*.json"))
-DATA = sorted(set(SHIPPED.glob("*.json")) - set(MEASURED))
+SERVER = SHIPPED / "epyc-avx2.json"
+DATA = sorted(set(SHIPPED.glob("*.json")) - {*MEASURED, SERVER})
 
 
 def conv(c_in: int, c_out: int, size: int = 8, window: int = 3, **fields: Any) -> Kernel:
@@ -134,6 +135,15 @@ class TestShipped:
         assert profile.explains([known, unseen, int8]) == {f"{names[unseen]} float", f"{names[known]} int8"}
         assert profile.relative_error([known, unseen]) > profile.expected_error
         assert profile.predict_ns([int8])[0] == profile.predict_ns([known])[0]  # no speed-up is promised
+
+
+def test_a_measured_server_core_says_how_good_it_is() -> None:
+    profile = load_profile(SERVER.stem)
+    assert profile.name == SERVER.stem and not profile.fitted and "CPUExecutionProvider" in profile.runtime
+    assert profile.how["checked"]["networks"] >= 12 and 0 < profile.expected_error < 0.15
+    assert HardwareProfile.from_json(profile.to_json()) == profile
+    attention = Kernel("attention", (8, 128, 32), (8, 128, 32))
+    assert profile.explains([*KERNELS, conv(16, 16, format="int8"), conv(90, 90, groups=90), attention]) == set()
 
 
 @pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)

@@ -44,15 +44,15 @@ class BlockDrop(MethodConfig):
 def width_levels(
     width: int, importance: Importance, copies: int = 1, kind: type[ChannelPruning] = ChannelPruning
 ) -> tuple[Level, ...]:
-    """Widths in steps of ``max(4, width / 8)`` channels, to the nearest multiple of 4 (others are slower than wider ones on
-    most runtimes), dense first; device-neutral, so a plan means the same everywhere.
+    """Widths in steps of ``max(4, width / 8)`` channels, down to a multiple of 4 (others can be slower than wider ones), dense
+    first; device-neutral, so a plan means the same everywhere.
 
     ``copies``: channels that one of them stands for (an attention head's are many); then single ones may go.
     """
     least = max(1, 4 // copies)
     step = max(least, width // 8)
-    even = (round(k / least) * least for k in range(width - step, 0, -step))
-    keeps = dict.fromkeys(k for k in even if min(least, width) <= k < width)
+    even = (k // least * least for k in range(width - step, 0, -step))
+    keeps = dict.fromkeys(k for k in even if k >= least)
     return (Level(), *(Level((kind(k, width, importance),)) for k in keeps))
 
 
