@@ -199,6 +199,10 @@ class CostModel:
         """What runs for a plan: operator name and its kernels; dropped operators have none."""
         return [(t.op.name, self._lower(t, row)) for t, row in zip(self._templates, self.seen(plan), strict=True)]
 
+    def executed(self, plan: Plan) -> list[Kernel]:
+        """Every kernel that a plan runs, in order."""
+        return [kernel for _, kernels in self.kernels(plan) for kernel in kernels]
+
     def seen(self, plan: Plan) -> list[tuple[int, ...]]:
         """Each operator's features under a plan; see :class:`_Template`."""
         values = self._features.values(np.asarray([plan], dtype=np.int64))[0]
@@ -206,7 +210,7 @@ class CostModel:
 
     def all_kernels(self, plans: Sequence[Plan]) -> list[Kernel]:
         """Every distinct kernel of some plans, in a stable order: what a profile must know."""
-        return list(dict.fromkeys(k for plan in plans for _, group in self.kernels(plan) for k in group))
+        return list(dict.fromkeys(kernel for plan in plans for kernel in self.executed(plan)))
 
     # ------------------------------------------------------------ templates
 

@@ -107,7 +107,7 @@ def choose(result: JobResult, pick: str) -> Point:
 
     Raises :class:`UnknownName` or :class:`BudgetUnmet` with the nearest plan.
     """
-    final = [p for p in result.points if p.fidelity in ("refitted", "recovered")] or list(result.points)
+    final = result.deliverable
     if not final:
         raise UsageError("This run judged no plan that could be exported; run it longer.")
 

@@ -94,7 +94,7 @@ def _predicted(result: JobResult, request: Request, device: str, profile: Hardwa
     for point in (result.original, *result.points):
         if not point.ops or point.id in ops:
             continue
-        kernels = [kernel for _, group in costs.kernels(plans[point.id]) for kernel in group]
+        kernels = costs.executed(plans[point.id])
         _refuse_other_operators(point.ops, kernels)
         ops[point.id] = [float(one) * scale for one in profile.predict_ns(kernels)]
         if profile.expected_error:

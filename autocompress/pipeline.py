@@ -367,7 +367,7 @@ class _Run:
             )
             deliveries = self._corrected(deliveries)
             with self.stages.at("search", "again, under the corrected latency"):
-                tight = [replace(b, limit=b.limit * SPARE ** (turn + 1)) if b.key == LOCAL else b for b in self.budgets]
+                tight = _tightened(self.budgets, SPARE ** (turn + 1))
                 try:
                     check_feasible(self.made.space, self.made.costs, tight)
                 except InfeasibleBudget:
@@ -387,7 +387,7 @@ class _Run:
             *((d.evaluation.plan, d.measured[LOCAL]) for d in deliveries),
         ]
         scale = METRICS["latency_ms"].scale
-        networks = [([k for _, ks in made.costs.kernels(plan) for k in ks], ms / scale) for plan, ms in timed]
+        networks = [(made.costs.executed(plan), ms / scale) for plan, ms in timed]
         self.made = made = made.with_profile("local", recalibrated(profile, networks))
         self.evaluator.costs = made.costs
         self.known = self.evaluator.known(self.start.entries.items())
@@ -400,8 +400,7 @@ class _Run:
         """The best plans under tight limits, and the best one that has room to spare."""
         plans: list[Plan] = []
         for share, count in ((1.0, RECOVERED), (ROOM, RECOVERED + 1)):
-            limits = [replace(b, limit=b.limit * share) if b.key == LOCAL else b for b in tight]
-            costly = [b for b in limits if not METRICS[b.metric].quality]
+            costly = [b for b in _tightened(tight, share) if not METRICS[b.metric].quality]
             inside = [e for e in self.front.evaluations("full") if not any(b.violation(e[b.key]) for b in costly)]
             plans += [e.plan for e in inside if e.plan not in {*known, *plans}][: count - len(plans)]
         return plans
@@ -544,6 +543,11 @@ class _Run:
 
     def _violation(self, delivery: Delivery) -> float:
         return sum(b.violation(delivery.value(b.key)) for b in self.budgets)
+
+
+def _tightened(budgets: Sequence[Budget], share: float) -> list[Budget]:
+    """The budgets with a share of the limit on this machine's latency."""
+    return [replace(b, limit=b.limit * share) if b.key == LOCAL else b for b in budgets]
 
 
 def _with_room(queue: list[Delivery], missed: Delivery, over: list[BudgetCheck]) -> list[Delivery]:

@@ -142,7 +142,7 @@ def _point(
 
 def _intervals(made: Prepared, plan: Plan) -> dict[str, float]:
     """Relative half width of each device's prediction, where its profile states an error."""
-    kernels = [kernel for _, group in made.costs.kernels(plan) for kernel in group]
+    kernels = made.costs.executed(plan)
     stated = {device: profile for device, profile in made.profiles.items() if profile.expected_error}
     return {cost_key("latency_ms", device): round(p.relative_error(kernels), 4) for device, p in stated.items()}
 

@@ -321,6 +321,11 @@ class JobResult(_Record):
         name, at, device = key.partition("@")
         return f"{name}@{self.device_label(device)}" if at else name
 
+    @property
+    def deliverable(self) -> list[Point]:
+        """The points that can be handed out: those of the upper rungs, or all where no plan came so far."""
+        return [p for p in self.points if p.fidelity in ("refitted", "recovered")] or list(self.points)
+
     def device_key(self, device: str) -> str:
         """The key of a device's predicted latency. Raises ``UnknownName`` where there is none, with the way to it."""
         key = cost_key("latency_ms", device)

@@ -47,7 +47,7 @@ from autocompress.prepare import LOCAL_SECONDS, kernels_of, offered
 from autocompress.results import METHOD_FAMILIES, Request
 from autocompress.space import make_space
 from autocompress.tasks import Split, Task, load_task
-from autocompress.types import Int8Format, Plan, SearchSpace
+from autocompress.types import Int8Format, Plan, SearchSpace, digest
 
 TITLE = "Predicted against measured latency of compressed variants, on a CPU with one thread"
 COMMAND = "python benchmarks/latency_accuracy.py"
@@ -180,7 +180,7 @@ def exported(task: Task, database: LevelDatabase, plans: Sequence[Plan], folder:
     examples = task.inputs(task.calibration.take(3))
     paths = []
     for plan in plans:
-        path = folder / f"{abs(hash(plan)):x}.onnx"
+        path = folder / f"{digest([int8, database.key, database.space.plan_to_json(plan)])}.onnx"
         if not path.exists():
             export_onnx(deploy(database.stitch(plan)), examples, path, int8_format=int8, exporters=("legacy", "dynamo"))
         paths.append(path)
@@ -206,7 +206,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     files = exported(task, database, others, paths[0].parent, int8)
     known = measure_ms(files, paths[0], seconds=SECONDS_A_VARIANT * len(files))
     costs = CostModel(graph, space, {"local": own})
-    flat = [[k for _, kernels in costs.kernels(plan) for k in kernels] for plan in (space.dense, *others)]
+    flat = [costs.executed(plan) for plan in (space.dense, *others)]
     times = [1e6 * known[0].reference_ms, *(1e6 * timing.ms for timing in known)]
     corrected = recalibrated(own, list(zip(flat, times, strict=True)))
     predicted = {}

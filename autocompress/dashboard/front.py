@@ -189,8 +189,7 @@ def read_front(result: JobResult, x: str | None = None, y: str | None = None, ru
 
 def handed_out(result: JobResult, key: str) -> list[Point]:
     """Of the plans that could be handed out, those that no other beats in loss and in ``key``; from the cheap to the costly."""
-    final = [p for p in result.points if p.fidelity in ("refitted", "recovered")] or list(result.points)
-    known = [p for p in final if math.isfinite(value_of(p, key) + value_of(p, "loss"))]
+    known = [p for p in result.deliverable if math.isfinite(value_of(p, key) + value_of(p, "loss"))]
     return _non_dominated(known, axis_of(result, key), Axis("loss", _TITLES["loss"]))
 
 

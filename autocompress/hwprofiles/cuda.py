@@ -54,9 +54,10 @@ TOKENS = (1, 64, 256)
 
 def cuda_grid() -> list[Kernel]:
     """The grid of any network on a processor, as far as GPUs have its kernels, with what transformers are made of."""
-    square = [k for k in default_grid() if k.kernel[0] == k.kernel[1] and len(k.out_shape) != 2]
-    square = [k for k in square if not k.fused.startswith(APART)]
-    kernels = [k for k in square if k.format == "float" and k.kind not in ("quantize", "dequantize")]
+    floats = [k for k in default_grid() if k.format == "float" and k.kind not in ("quantize", "dequantize")]
+    kernels = [
+        k for k in floats if k.kernel[0] == k.kernel[1] and len(k.out_shape) != 2 and not k.fused.startswith(APART)
+    ]
     forms: tuple[Format, ...] = ("float", "int8")
     for t in TOKENS:
         for a in (64, 128, 256, 512, 1024):

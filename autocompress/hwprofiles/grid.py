@@ -41,8 +41,7 @@ def _images(size: int, form: Format) -> Iterator[Kernel]:
     half = -(-size // 2)
     for c in WIDTHS:
         full, small = (c, size, size), (c, half, half)
-        yield Kernel("conv", full, full, (3, 3), groups=c, format=form)
-        yield Kernel("conv", full, small, (3, 3), (2, 2), groups=c, format=form)
+        yield from _depthwise(full, small, form)
         yield Kernel("add", full, full, format=form, n_inputs=2)
         yield Kernel("pool", full, small, (2, 2), (2, 2), format=form)
         yield Kernel("global_pool", full, (c, 1, 1), format=form)
@@ -55,13 +54,18 @@ def _images(size: int, form: Format) -> Iterator[Kernel]:
                     yield Kernel("conv", full, (d, half, half), (k, k), (2, 2), format=form)
 
 
+def _depthwise(full: tuple[int, int, int], small: tuple[int, int, int], form: Format) -> Iterator[Kernel]:
+    for out in (full, small):
+        stride = (1, 1) if out == full else (2, 2)
+        yield Kernel("conv", full, out, (3, 3), stride, groups=full[0], format=form)
+
+
 def _pruned(size: int, form: Format) -> Iterator[Kernel]:
     """Channels that were left over."""
     half = -(-size // 2)
     for c in ODD:
         full, small = (c, size, size), (c, half, half)
-        yield Kernel("conv", full, full, (3, 3), groups=c, format=form)
-        yield Kernel("conv", full, small, (3, 3), (2, 2), groups=c, format=form)
+        yield from _depthwise(full, small, form)
         yield Kernel("add", full, full, format=form, n_inputs=2)
         for d in (8, 30, 128):
             for k in (1, 3):
@@ -104,8 +108,7 @@ def _stored(size: int, form: Format) -> Iterator[Kernel]:
     yield Kernel("conv", (3, size, size), (32, half, half), (3, 3), (2, 2), format=form)
     for c in (16, 64, 128):
         full, small = (c, size, size), (c, half, half)
-        yield Kernel("conv", full, full, (3, 3), groups=c, format=form)
-        yield Kernel("conv", full, small, (3, 3), (2, 2), groups=c, format=form)
+        yield from _depthwise(full, small, form)
         for d in (16, 64, 128):
             for k in (1, 3):
                 if c * d * size * size * k * k <= LARGEST / 2:

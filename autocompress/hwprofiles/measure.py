@@ -11,7 +11,7 @@ from typing import get_args
 import numpy as np
 
 from autocompress.errors import MeasurementError, UsageError
-from autocompress.hwprofiles.active import by_doubt
+from autocompress.hwprofiles.active import Group, by_doubt, group_of
 from autocompress.hwprofiles.agent import FOREVER
 from autocompress.hwprofiles.builder import SCALE, GraphBuilder
 from autocompress.hwprofiles.checked import checked
@@ -185,10 +185,9 @@ def _too_noisy(noise: float, device: Device) -> str:
 def measuring_order(kernels: Iterable[Kernel], layout: Layout) -> list[Kernel]:
     """Distinct kernels as the device sees them, those first that tell most: corners of each family's grid, then the
     farthest from what is already there, taking turns between families and image sizes."""
-    groups: dict[tuple[object, ...], list[Kernel]] = {}
+    groups: dict[Group, list[Kernel]] = {}
     for kernel in dict.fromkeys(layout.canonical(k) for k in kernels):
-        key = (layout.family(kernel), kernel.in_shape[1:], kernel.out_shape[1:])
-        groups.setdefault(key, []).append(kernel)
+        groups.setdefault(group_of(kernel, layout), []).append(kernel)
     ranked = [(rank, g, k) for g, group in enumerate(groups.values()) for rank, k in enumerate(_spread(group))]
     return [kernel for _, _, kernel in sorted(ranked, key=lambda item: item[:2])]
 

@@ -54,8 +54,9 @@ class Layout:
 
     def canonical(self, kernel: Kernel) -> Kernel:
         """The kernel that takes the same time: widths rounded up to what is computed, a fused ReLU left out."""
-        if self._fused(kernel) == "":
-            kernel = replace(kernel, fused="")
+        fused = self._fused(kernel)
+        if fused != kernel.fused:
+            kernel = replace(kernel, fused=fused)
         if kernel.format != "float" or self.block == 1 or self.regime(kernel) == "plain":
             return kernel
         if kernel.kind == "conv" and kernel.groups > 1:
