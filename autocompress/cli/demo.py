@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -49,7 +51,7 @@ def demo(
         "budgets": BUDGETS,
         "evaluations": evaluations,
         "seed": seed,
-        "recover_minutes": 0.2,
+        "recover_minutes": RECOVER_MINUTES,
         "threads": 1,
     }
     request = make_request(fields)
@@ -62,12 +64,12 @@ def demo(
         if not as_json:
             say("2. The front: no plan here is beaten in every respect by another.")
             print_front(result)
-        say("3. The plan at the front's knee as an ONNX file, verified.")
+        say("3. The most accurate plan within the budgets as an ONNX file, verified.")
         model = out_folder.absolute() / "model.onnx"
-        export = _work(store, store.submit("export", {"job": job.id, "pick": "knee", "out": str(model)}))
+        export = _work(store, store.submit("export", {"job": job.id, "pick": "best", "out": str(model)}))
         _raise_if_failed(export)
         written = store.outcome(export.id) or {}
-    following = next_commands(out_folder, job.id, written, result)
+    following = next_commands(out_folder, job.id, written)
     if as_json:
         print_json(
             {"job": job.id, "front": front_json(result), "picture": str(picture), "export": written, "next": following}
@@ -118,15 +120,17 @@ def _raise_if_failed(job: Job) -> None:
     raise error
 
 
-def next_commands(folder: Path, job: str, written: dict[str, Any], result: JobResult) -> list[str]:
+def next_commands(folder: Path, job: str, written: dict[str, Any]) -> list[str]:
     """Commands that work as they stand, after this very demo."""
     store = f"--store {shlex.quote(str(folder / 'jobs.sqlite'))}"
     model = shlex.quote(str(folder / "model.onnx"))
     fast = shlex.quote(str(folder / "fastest" / "model.onnx"))
+    lost = json.loads(Path(written["certificate"]).read_text())["costs"]["compressed"]["accuracy_drop"]
+    drop = max(math.ceil(lost), 0) + 1  # points, with room: a command that is shown must hold
     return [
         f"autocompress front {job} --x size_mb --png {shlex.quote(str(folder / 'size.png'))} {store}",
         f"autocompress export {job} --pick fastest --out {fast} {store}",
-        f"autocompress check {model} --task digits --budget 'size_mb<=0.5' --budget 'accuracy_drop<=3'",
+        f"autocompress check {model} --task digits --budget 'size_mb<=0.5' --budget 'accuracy_drop<={drop}'",
         f"autocompress dashboard {store}",
         "autocompress compress digits --budget 'macs<=30%' --budget 'accuracy_drop<=1' --out digits-macs",
         "autocompress compress --help",
