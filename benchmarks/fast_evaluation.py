@@ -3,6 +3,9 @@
 python benchmarks/fast_evaluation.py [--data DIR] [--only sweep:channels] [--plans N]; resumable row by row. CPU-seconds of one
 thread; every plan is judged at the rung ``slice`` by whole models (plain), without kept values (fresh) and with them (reuse), and
 the losses must be equal. A row takes some CPU-minutes; the level database is made once and takes two more.
+
+``racing`` rows: of a generation of children the two best, found by judging all of them on the whole search split with whole
+models (the plain loop), and by a race: all on the slice, the best eighth on the whole split.
 """
 
 from __future__ import annotations
@@ -12,9 +15,10 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -22,17 +26,20 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 from common import folders, load, opened, save
 
+from autocompress.costs import CostModel
 from autocompress.deploy import deploy
 from autocompress.evaluate import Measurer, forward
 from autocompress.fitness import weights_last
 from autocompress.graph import trace
 from autocompress.results import METHOD_FAMILIES
+from autocompress.search.evopress import EvoPress
 from autocompress.space import make_space
 from autocompress.tasks import Split, Task, load_task
-from autocompress.types import Plan, SearchSpace
+from autocompress.types import Budget, Fidelity, Plan, SearchSpace
 
 NETWORK = "cifar10:resnet56"
 CHANNELS = ("channels", "blocks")
+Found = TypeVar("Found")
 COLUMNS = [
     ("plans", "n"),
     ("bare", "bare forward s"),
@@ -75,7 +82,72 @@ PROBLEMS: dict[str, tuple[tuple[str, ...], Callable[[SearchSpace, random.Random,
 }
 
 
-def cpu(call: Callable[[], object]) -> tuple[float, object]:
+GENERATIONS, CHILDREN, FINALISTS, SURVIVORS = 3, 32, 4, 2
+RACES = {"racing:channels": CHANNELS, "racing:all": METHOD_FAMILIES}
+RACE_COLUMNS = [
+    ("problem", "children"),
+    ("plain", "plain s"),
+    ("raced", "raced s"),
+    ("speedup", "plain / raced"),
+    ("same", "same survivors"),
+    ("lost", "loss of the best, raced / plain"),
+]
+
+
+def race(key: str, args: argparse.Namespace) -> dict[str, object]:
+    """Generations of EvoPress' children under half of the MACs; the plain loop's winner is the next parent."""
+    task = load_task(NETWORK, args.data)
+    graph = trace(task.model, task.example_inputs)
+    space = make_space(graph, RACES[key])
+    whole, stitched = (opened(graph, space, task) for _ in range(2))
+    plain, raced = Measurer(whole, plain=True), Measurer(stitched)
+    plain._teacher = raced._original()
+    costs = CostModel(graph, space, {})
+    limits = [Budget.parse("macs<=50%").absolute(costs.in_units(space.dense))]
+    controller = EvoPress(space, costs, limits, args.seed)
+    [first] = controller.ask(1)
+    parent, controller.offspring = first.plan, CHILDREN
+    seconds: dict[str, list[float]] = {"plain": [], "raced": []}
+    same, lost = [], []
+    known: dict[Plan, float] = {}
+
+    def best(measurer: Measurer, plans: list[Plan], rung: Fidelity, n: int) -> list[Plan]:
+        losses = {plan: measurer(plan, rung)["loss"] for plan in plans}
+        known.update(losses if rung == "full" else {})
+        return sorted(plans, key=losses.__getitem__)[:n]
+
+    def staged(plans: list[Plan]) -> list[Plan]:
+        return best(raced, best(raced, plans, "slice", FINALISTS), "full", SURVIVORS)
+
+    for _ in range(GENERATIONS):
+        children = controller._children(parent)
+        spent, slow = cpu(partial(best, plain, children, "full", SURVIVORS))
+        seconds["plain"].append(spent)
+        spent, fast = cpu(partial(staged, children))
+        seconds["raced"].append(spent)
+        same.append(len({*slow} & {*fast}))
+        lost.append(known[fast[0]] / known[slow[0]])
+        parent = slow[0]
+        print(
+            "  ",
+            len(children),
+            {name: round(values[-1], 1) for name, values in seconds.items()},
+            same,
+            lost,
+            flush=True,
+        )
+    return {
+        "plain": round(sum(seconds["plain"]), 1),
+        "raced": round(sum(seconds["raced"]), 1),
+        "speedup": f"{sum(seconds['plain']) / sum(seconds['raced']):.1f}x",
+        "same": f"{sum(same)} of {SURVIVORS * GENERATIONS}",
+        "lost": ", ".join(f"{ratio:.3f}" for ratio in lost),
+        "seed": args.seed,
+        "seconds": seconds,
+    }
+
+
+def cpu(call: Callable[[], Found]) -> tuple[float, Found]:
     start = time.process_time()
     found = call()
     return time.process_time() - start, found
@@ -133,20 +205,34 @@ def channels_first(model: nn.Module, task: Task, split: Split) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     folders(parser)
-    parser.add_argument("--only", choices=PROBLEMS)
+    parser.add_argument("--only", choices=[*PROBLEMS, *RACES])
     parser.add_argument("--plans", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = load("fast_evaluation")
-    for key in PROBLEMS:
+    title = "Evaluations of ResNet-56 at the rung slice: CPU-seconds a plan, one thread"
+    table("fast_evaluation", PROBLEMS, one, [("problem", "plans"), *COLUMNS], title, args)
+    title = "Generations of ResNet-56 at half of its MACs: CPU-seconds, one thread"
+    table("fast_evaluation_race", RACES, race, RACE_COLUMNS, title, args)
+
+
+def table(
+    name: str,
+    keys: Iterable[str],
+    measure: Callable[[str, argparse.Namespace], dict[str, object]],
+    columns: list[tuple[str, str]],
+    title: str,
+    args: argparse.Namespace,
+) -> None:
+    """The rows that are missing, or the one that is asked for."""
+    rows = load(name)
+    for key in keys:
         if (args.only and key != args.only) or (not args.only and key in rows):
             continue
         print(key)
-        rows[key] = {"problem": key, **one(key, args)}
-        rows = {k: rows[k] for k in PROBLEMS if k in rows}
-        title = "Evaluations of ResNet-56 at the rung slice: CPU-seconds a plan, one thread"
-        save("fast_evaluation", rows, [("problem", "plans"), *COLUMNS], title, "python benchmarks/fast_evaluation.py")
+        rows[key] = {"problem": key, **measure(key, args)}
+        rows = {k: rows[k] for k in keys if k in rows}
+        save(name, rows, columns, title, "python benchmarks/fast_evaluation.py")
 
 
 if __name__ == "__main__":

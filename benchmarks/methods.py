@@ -1,8 +1,8 @@
-"""Methods without a search: quality against size with every layer at the same level, on ResNet-20 and on a small Llama.
+"""Methods without a search: quality against size with every layer at the same level, on five networks.
 
 Run: python benchmarks/methods.py --data ASSETS --families spqr billm; resumable row by row. One thread. Two rungs: levels as
 the database makes them from dense inputs (``stitched``), and after the sequential refit. ``channels:IMPORTANCE`` prunes every
-group to three quarters and to half of its width by that importance.
+group to 7/8, to three quarters and to half of its width by that importance.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import folders, load, opened, quality, save
+from imagenet_nets import mcunet, mobilenet_v2
 
 from autocompress.costs import CostModel
 from autocompress.deploy import deploy
@@ -28,9 +29,9 @@ from autocompress.space import make_space
 from autocompress.tasks import Task, load_task
 from autocompress.types import Plan, SearchSpace
 
-JUDGED = {"cifar10:resnet20": 2000, "lm:python_llama": 96}
+JUDGED = {"cifar10:resnet20": 2000, "cifar10:resnet56": 2000, "mcunet": 500, "mobilenet_v2": 500, "lm:python_llama": 96}
 """Test images, windows of text."""
-WIDTHS = (0.75, 0.5)
+WIDTHS = (0.875, 0.75, 0.5)
 COSTS = ("weight_bits", "params", "macs")
 
 
@@ -81,6 +82,14 @@ def rows(task: Task, graph: Graph, family: str, known: dict[str, Any]) -> Iterat
         )
 
 
+def make(spec: str, data: list[str]) -> Task:
+    own = {"mcunet": mcunet, "mobilenet_v2": mobilenet_v2}
+    if spec in own:
+        return own[spec](data)
+    at = next((str(Path(f) / "python_llama") for f in data if (Path(f) / "python_llama").is_dir()), "")
+    return load_task(spec.replace("python_llama", at), data)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     folders(parser)
@@ -89,9 +98,8 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     for spec in given.only:
-        at = next((str(Path(f) / "python_llama") for f in given.data if (Path(f) / "python_llama").is_dir()), "")
-        task = load_task(spec.replace("python_llama", at), given.data)
-        graph, name = trace(task.model, task.example_inputs), "methods_" + spec.partition(":")[2]
+        task = make(spec, given.data)
+        graph, name = trace(task.model, task.example_inputs), "methods_" + spec.rpartition(":")[2]
         JUDGED.setdefault(task.name, JUDGED[spec])
         original, known = quality(task, graph.module, task.report.take(JUDGED[task.name])), load(name)
         shown = f"{original:.1%}" if task.higher_is_better else f"{original:.2f}"

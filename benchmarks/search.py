@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import folders, load, save
@@ -38,6 +41,18 @@ COLUMNS = [
     ("ended", "ended by itself"),
 ]
 
+COMMAND = "python benchmarks/search.py"
+VERDICTS = [
+    ("problem", "problem"),
+    ("controller", "controller"),
+    ("seeds", "seeds"),
+    ("loss", "KL, search split"),
+    ("held_out", "KL, held out"),
+    ("interval", "± 95 %, seeds and images"),
+    ("share", "examples to evopress' end"),
+    ("verdict", "held out, against the best"),
+]
+
 
 def held_out(setting: Setting, plan: Plan) -> npt.NDArray[np.float64]:
     """KL to the original's answers of each example that no search saw.  # (n,)"""
@@ -45,6 +60,58 @@ def held_out(setting: Setting, plan: Plan) -> npt.NDArray[np.float64]:
     parts = [kl.reshape(len(kl), -1).mean(1) for kl in kls]
     values: npt.NDArray[np.float64] = torch.cat(parts).numpy()
     return values
+
+
+def interval(rows: list[dict[str, Any]]) -> float:
+    """Half of the 95 % interval of the mean over seeds and images; of the images alone where there is one seed."""
+    images = float(np.mean([row["error"] for row in rows]))  # the same images for all seeds: they do not average out
+    values = [row["held_out"] for row in rows]
+    n = len(values)
+    seeds = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5) if n > 1 else 0.0
+    return float(np.hypot(1.96 * images, seeds))
+
+
+def spent_until(row: dict[str, Any], loss: float) -> float:
+    """Examples judged until the search had a plan of this loss; infinite when it never had one."""
+    return next((examples for _, examples, _, reached in row["path"] if reached <= loss), float("inf"))
+
+
+def verdicts(rows: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """One row a problem and controller: means over seeds, and whether it is worse than the best beyond the noise."""
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows.values():
+        if row["loss"] is not None:
+            runs.setdefault((row["problem"], row["controller"]), []).append(row)
+    mean = {key: float(np.mean([row["held_out"] for row in found])) for key, found in runs.items()}
+    table = {}
+    for (problem, controller), found in sorted(runs.items(), key=lambda item: (item[0][0], mean[item[0]])):
+        best = min((key for key in runs if key[0] == problem), key=mean.__getitem__)
+        ahead = mean[problem, controller] - mean[best]
+        noise = float(np.hypot(interval(found), interval(runs[best])))
+        gap = mean.get((problem, "uniform"), float("nan")) - mean[best]
+        if (problem, controller) == best:
+            verdict = "best"
+        elif ahead > noise:
+            verdict = f"behind by {ahead:.2g}"
+        else:
+            verdict = "inconclusive" if noise > 0.1 * gap else "level"
+        rivals = {row["seed"]: row for row in runs.get((problem, "evopress"), [])}
+        shares = [
+            spent_until(row, rivals[row["seed"]]["loss"]) / rivals[row["seed"]]["examples"]
+            for row in found
+            if row["seed"] in rivals
+        ]
+        table[f"{problem} {controller}"] = {
+            "problem": problem,
+            "controller": controller,
+            "seeds": len(found),
+            "loss": f"{np.mean([row['loss'] for row in found]):.4f}",
+            "held_out": f"{mean[problem, controller]:.4f}",
+            "interval": f"{interval(found):.4f}",
+            "share": ", ".join(f"{share:.0%}" if share < float("inf") else "never" for share in shares) or "–",
+            "verdict": verdict,
+        }
+    return table
 
 
 def main() -> None:
@@ -71,7 +138,8 @@ def main() -> None:
                     values = held_out(setting, plan)
                     row |= {"held_out": float(values.mean()), "error": float(values.std(ddof=1) / len(values) ** 0.5)}
                 print(key, {k: v for k, v in row.items() if k not in ("path",)}, flush=True)
-                save(args.name, {**load(args.name), key: row}, COLUMNS, TITLE, "python benchmarks/search.py")
+                save(args.name, {**load(args.name), key: row}, COLUMNS, TITLE, COMMAND)
+    save(f"{args.name}_verdicts", verdicts(load(args.name)), VERDICTS, f"{TITLE}, over seeds", COMMAND)
 
 
 if __name__ == "__main__":
