@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import pytest
+
 from autocompress.hwprofiles.active import by_doubt, doubts, group_of
 from autocompress.hwprofiles.checked import NETWORKS, checked
 from autocompress.hwprofiles.device import local_device
@@ -40,6 +42,7 @@ def test_an_unknown_group_comes_before_one_that_is_well_known() -> None:
     assert order[0] == conv(24, 24, 32)
 
 
+@pytest.mark.slow
 def test_a_profile_states_how_far_off_it_is_on_networks() -> None:
     device = local_device()
     profile = measure_local([conv(16, 16, 16), conv(32, 32, 16), conv(16, 32, 16)], seconds=0.5, device=device)

@@ -264,6 +264,7 @@ def test_unknown_job_and_foreign_store(tmp_path: Path) -> None:
     assert "choose another with --store" in refused("jobs", "list", "--store", str(tmp_path / "notes.txt"))
 
 
+@pytest.mark.slow
 def test_failed_job_keeps_its_sentence(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text("def make():\n    raise RuntimeError('no data today')\n")
     job = document("submit", f"{tmp_path / 'bad.py'}:make", "--budget", "macs<=50%")
@@ -273,6 +274,7 @@ def test_failed_job_keeps_its_sentence(tmp_path: Path) -> None:
     assert "no data today" in refused("front", job["id"])
 
 
+@pytest.mark.slow
 def test_worker_stopped_by_ctrl_c(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "autocompress", "worker", "--store", str(tmp_path / "s.sqlite")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as worker:
@@ -368,6 +370,7 @@ def test_check_refuses_what_it_cannot_judge(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- profiles
 
 
+@pytest.mark.slow
 def test_profile_list_and_show(tmp_path: Path) -> None:
     entry = Entry(Kernel("linear", (64,), (10,)), 1500.0)
     profile = HardwareProfile("toy", "a toy", "none", "1", 1, 1, "2020-01-01T00:00:00+00:00", (entry,))
@@ -382,6 +385,7 @@ def test_profile_list_and_show(tmp_path: Path) -> None:
     assert document("submit", *args)["request"]["profiles"] == {"toy": str(tmp_path / "toy.json")}
 
 
+@pytest.mark.slow
 def test_bench_and_explain(tmp_path: Path) -> None:
     small, large = (tmp_path / f"{name}.onnx" for name in ("small", "large"))
     small.write_bytes(residual_network([(16, 16)], size=8)[0])
@@ -429,6 +433,7 @@ def test_a_result_without_a_diagnosis_says_so(run_folder: Path) -> None:
 # ---------------------------------------------------------------- doctor and dashboard
 
 
+@pytest.mark.slow
 def test_doctor() -> None:
     answer = document("doctor")
     assert answer["ok"]

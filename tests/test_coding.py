@@ -112,6 +112,7 @@ def test_nibbles_and_bytes_that_are_no_nibbles(shape: tuple[int, ...]) -> None:
         assert coded_bytes(packed, form) < 0.6 * len(packed)  # 2 of 4 bits, less what counts cost
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zeros", [0.0, 0.8])
 def test_quantized_integers_are_smaller_than_by_zstd_and_by_bits(zeros: float) -> None:
     """4-bit integers of trained weights: below zstd on bytes, zstd on packed nibbles, and 4 bits each."""

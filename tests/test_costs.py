@@ -252,6 +252,7 @@ def exported(database: LevelDatabase, plan: Plan, path: Path) -> int:
     return artifact.bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", [*LABELS, "mixed", "pruned"])
 def test_predicted_size_is_that_of_the_file(digits: tuple[LevelDatabase, int], label: str, tmp_path: Path) -> None:
     """Within 3 %; names, which differ by exporter, are the remainder (4 % where each layer is two int8 factors)."""

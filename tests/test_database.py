@@ -187,6 +187,7 @@ def test_orders_are_permutations_and_refit_beats_slicing(importance: Importance,
 # ---------------------------------------------------------------- on disk
 
 
+@pytest.mark.slow
 def test_an_interrupted_build_goes_on_with_the_next_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_LAYERS", 3)
     database = make("mobilenet", tmp_path, build=False)
@@ -215,6 +216,7 @@ def test_an_interrupted_build_goes_on_with_the_next_chunk(tmp_path: Path, monkey
     assert not [path for path in third.folder.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_the_folder_is_named_by_model_data_and_settings(tmp_path: Path) -> None:
     base = make("resnet-a", tmp_path, build=False)
     assert make("resnet-a", tmp_path, build=False).folder == base.folder

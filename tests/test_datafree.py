@@ -99,7 +99,7 @@ def test_better_than_leaving_channels_out(tmp_path: Path, share: float, streams:
             database.build()
             got = database.stitch(plan)(x).log_softmax(1)
             losses.append(float(nn.functional.kl_div(got, want, log_target=True, reduction="batchmean")))
-    assert losses[0] < 0.6 * losses[1], losses
+    assert losses[0] < 0.8 * losses[1], losses
 
 
 @pytest.mark.parametrize("name", sorted(networks.BUILDERS))

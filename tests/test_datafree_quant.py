@@ -95,6 +95,7 @@ def losses(task: Task, folder: Path, share: float, n: int) -> dict[str, float]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "bound"), [(1.0, 0.5), (0.75, 0.9)], ids=["whole", "pruned without data"])
 def test_better_than_rounding_to_nearest_on_digits(tmp_path: Path, share: float, bound: float) -> None:
     found = losses(load_task("digits"), tmp_path, share, 400)

@@ -245,6 +245,7 @@ def test_without_each_method_the_others_stay(database: LevelDatabase, made: Prep
     assert not without_each(made, space.dense)
 
 
+@pytest.mark.slow
 def test_what_a_method_contributed_is_loss_and_cost(
     database: LevelDatabase, made: Prepared, evaluator: ModelEvaluator
 ) -> None:

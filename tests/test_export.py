@@ -56,6 +56,7 @@ def test_legacy_export_stores_and_runs_each_format(kind, tmp_path):
     assert found.off.relative <= found.tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "w4"])
 def test_dynamo_export_is_quiet_and_the_first_choice(kind, tmp_path, capfd, recwarn):
     artifact = export_onnx(deployed(kind), examples(), tmp_path / "model.onnx")
@@ -165,6 +166,7 @@ def test_all_forms_of_int8_mean_the_same(tmp_path):
         np.testing.assert_allclose(found, outputs["u8u8"], atol=1e-2 * np.ptp(found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "w8"])
 def test_a_form_that_this_host_computes_wrong_is_never_handed_out(kind, tmp_path):
     """Large weights behind large activations saturate 16-bit sums where the processor lacks VNNI."""

@@ -72,6 +72,7 @@ def test_formats_are_kept_and_made_good(databases: dict[str, LevelDatabase], lab
     assert finished < stitched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", networks.BUILDERS)
 def test_anything_mixed_runs_and_is_finite(databases: dict[str, LevelDatabase], name: str) -> None:
     """Random plans over all sites; on the whole they come closer, and none goes astray."""

@@ -224,6 +224,7 @@ def plan_of(database: LevelDatabase, label: str, widths: int = 0) -> tuple[int, 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("label", "widths", "bits"),
     [

@@ -136,6 +136,7 @@ def test_probes_run_the_kernel_they_mean(form: Format) -> None:
     assert [set(o) for o in ops] == list(wanted)
 
 
+@pytest.mark.slow
 def test_every_kernel_of_the_default_grid_has_a_probe_that_runs() -> None:
     grid = default_grid()
     one_of_each = {Layout(16, 4).family(k): k for k in grid if k.macs < 1e6 and np.prod(k.out_shape) < 20_000}

@@ -158,6 +158,7 @@ def test_gradients_pass_through_the_product(database: LevelDatabase) -> None:
 # ---------------------------------------------------------------- recovered
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "rate"), [*((name, 0.01) for name in PLANS), ("widths", 1e3)])
 def test_it_is_never_worse_than_the_start_and_has_the_plans_shape(
     database: LevelDatabase, name: str, rate: float
@@ -169,6 +170,7 @@ def test_it_is_never_worse_than_the_start_and_has_the_plans_shape(
     assert shapes(after) == shapes(start) and after.state_dict().keys() == start.state_dict().keys()
 
 
+@pytest.mark.slow
 def test_it_helps_repeats_and_leaves_start_and_original_alone(database: LevelDatabase) -> None:
     plan = pruned(database.space)
     start, original = finish(database, plan), database.graph.module
@@ -181,6 +183,7 @@ def test_it_helps_repeats_and_leaves_start_and_original_alone(database: LevelDat
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_plan_that_removes_no_channels_has_nothing_to_inherit(database: LevelDatabase) -> None:
     plan = uniform(database.space, "int8")
     start = database.stitch(plan)
@@ -191,6 +194,7 @@ def test_a_plan_that_removes_no_channels_has_nothing_to_inherit(database: LevelD
     assert all(torch.equal(plain[k], same[k]) for k in plain) and uninherited(database, plan) == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["features,labels,dot", "theseus,scales", "shrink=2", "cram", "bits=0.02"])
 def test_it_goes_with_other_words(database: LevelDatabase, words: str) -> None:
     plan = PLANS["4 bits"](database)
@@ -213,6 +217,7 @@ def test_factors_are_named(database: LevelDatabase) -> None:
     assert "layer1.0.conv1" in told and "in factors" in told
 
 
+@pytest.mark.slow
 def test_kept_models_come_back_to_the_bit(database: LevelDatabase, tmp_path: Path) -> None:
     plan, x = PLANS["4 bits"](database), database.task.inputs(database.task.search)
     reference = forward(database.graph.module, database.task, database.task.search)
@@ -223,6 +228,7 @@ def test_kept_models_come_back_to_the_bit(database: LevelDatabase, tmp_path: Pat
     assert torch.equal(*made)
 
 
+@pytest.mark.slow
 def test_a_decoder_inherits_heads_and_neurons(tmp_path: Path) -> None:
     task = load_task(f"lm:{language.write_folder(tmp_path / 'lm', windows=100, steps=30)}", (), 0)
     graph = trace(task.model, task.example_inputs)

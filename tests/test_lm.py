@@ -56,6 +56,7 @@ def space(graph: Graph) -> SearchSpace:
 # ---------------------------------------------------------------- the decoder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -269,6 +270,7 @@ def _some_plan(space: SearchSpace) -> tuple[int, ...]:
     return tuple(plan)
 
 
+@pytest.mark.slow
 def test_costs_are_those_of_the_file(task: Task, graph: Graph, space: SearchSpace, tmp_path: Path) -> None:
     """MACs with attention's products, parameters with rotary tables, bytes: dense and compressed."""
     database = LevelDatabase(graph, space, task, tmp_path / "db")
@@ -292,6 +294,7 @@ def test_costs_are_those_of_the_file(task: Task, graph: Graph, space: SearchSpac
     assert before.drop[1] <= before.drop[0] <= before.drop[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("label", "family", "count"),
     [
@@ -319,6 +322,7 @@ def test_research_levels_on_every_layer(
         assert 0.95 * predicted["nonzeros"] < found["nonzeros"] <= predicted["nonzeros"] + 4
 
 
+@pytest.mark.slow
 def test_plans_are_judged_without_models_of_their_own(
     folder: Path, task: Task, graph: Graph, space: SearchSpace, tmp_path: Path
 ) -> None:

@@ -124,6 +124,7 @@ def test_straight_through() -> None:
     assert torch.equal(raw.grad, torch.full((6, 8), 2.0))
 
 
+@pytest.mark.slow
 def test_plans_and_files(tmp_path: Path) -> None:
     task = networks.task("resnet-a", n=64)
     graph = trace(task.model, task.example_inputs)

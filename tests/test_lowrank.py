@@ -414,6 +414,7 @@ def test_costs_are_those_of_the_stitched_model(database: LevelDatabase) -> None:
         assert row["params"] == weights + biases, database.space.describe(plan)
 
 
+@pytest.mark.slow
 def test_refitting_comes_closer_with_every_form(database: LevelDatabase) -> None:
     """Mean squared error of the outputs, one layer changed at a time: less after the sequential refit, summed over layers."""
     x = database.task.inputs(database.task.search)

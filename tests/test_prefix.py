@@ -109,6 +109,7 @@ def walk(database: LevelDatabase, n: int) -> list[Plan]:
     return plans
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", networks.BUILDERS)
 def test_every_network_has_the_values_of_whole_models_to_the_bit(
     databases: dict[str, LevelDatabase], name: str

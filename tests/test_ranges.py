@@ -98,6 +98,7 @@ def test_bad_input(by: Ranges) -> None:
     assert low < 0 < high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["int8", "int8-percentile", "int8-mse", "int8-entropy"])
 def test_the_searched_range_is_the_files(family: str, tmp_path: Path) -> None:
     """Stitched model, the evaluator's programs, the refitted model and the file agree on every range."""

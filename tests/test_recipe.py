@@ -162,12 +162,14 @@ def test_a_misspelt_word_is_corrected() -> None:
 # ---------------------------------------------------------------- every word trains
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ALL_WORDS)
 def test_every_word_helps_a_pruned_network(database: LevelDatabase, words: str) -> None:
     before, after = recovered(database, pruned(database.space), words, steps=40, learning_rate=0.01)
     assert judged(database, after) < judged(database, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["labels,dot", "features,theseus", "cram,accumulate=2"])
 def test_words_repeat_with_their_seed(database: LevelDatabase, words: str) -> None:
     plan = widest_blocks(database)
@@ -207,6 +209,7 @@ def test_the_dense_model_has_nothing_to_learn(database: LevelDatabase) -> None:
         assert float(labelled) == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["features", "attention"])
 def test_a_taught_value_comes_nearer(database: LevelDatabase, word: str) -> None:
     """Trained on one term alone, that term falls on examples that were not trained on."""
@@ -248,6 +251,7 @@ def test_attention_probabilities_are_what_the_operator_weighs_with(causal: bool)
     torch.testing.assert_close(attention_log(q, k, v, mask).exp() @ v, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_heads_that_live_learn_their_own_maps(decoder: LevelDatabase) -> None:
     plan = tuple(
         n - 1 if site.kind == "channels" else 0
@@ -385,6 +389,7 @@ def test_units_of_a_decoder_with_dropped_blocks(decoder: LevelDatabase) -> None:
         assert not torch.allclose(one(x), live(x), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_gradients_pass_the_originals_blocks_and_leave_them_as_they_are(decoder: LevelDatabase) -> None:
     names = [block.name for block in decoder.graph.blocks]
     plan = widest_blocks(decoder, names[1])
@@ -425,6 +430,7 @@ def test_masks_survive_every_recipe(sparse: LevelDatabase, words: str, label: st
         assert all(form.holds(part.weight) for form in getattr(part, "forms", ()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", ["80% sparse", "2:4 sparse"])
 def test_a_gradual_recovery_ends_at_the_level(sparse: LevelDatabase, label: str) -> None:
     """It begins dense, masks of its own grow by the cubic rule, and what wins has as many zeros as the level asks for."""

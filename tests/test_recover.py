@@ -72,6 +72,7 @@ def test_it_is_never_worse_than_the_start(database: LevelDatabase, rate: float) 
     assert judged(database, after) <= judged(database, before)
 
 
+@pytest.mark.slow
 def test_it_repeats_and_the_seed_matters(database: LevelDatabase) -> None:
     plan = both(database, "dense")
     first, second, other = (recovered(database, plan, replace(SHORT, seed=seed))[1].state_dict() for seed in (0, 0, 1))
@@ -142,6 +143,7 @@ def models(database: LevelDatabase, folder: Path, recovery: Recovery | None = SH
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", ["dense", "int8", "channel rank 50% + int8", "4-bit weights in groups of 32 by GPTQ"])
 def test_kept_models_come_back_to_the_bit(database: LevelDatabase, tmp_path: Path, label: str) -> None:
     plan, x = both(database, label), database.task.inputs(database.task.search)

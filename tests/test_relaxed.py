@@ -47,6 +47,7 @@ def without_int8(database: LevelDatabase, plan: Plan) -> Plan:
     return tuple(0 if rounds[offsets[i] + v] else v for i, v in enumerate(plan))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", networks.BUILDERS)
 def test_at_a_corner_the_mixture_is_the_plan(databases: dict[str, LevelDatabase], name: str) -> None:
     database, rng = databases[name], random.Random(3)
@@ -124,6 +125,7 @@ def test_the_evaluator_counts_and_keeps_mixtures(databases: dict[str, LevelDatab
         first.loss_and_grad(p[1:])
 
 
+@pytest.mark.slow
 def test_a_search_is_repeated_from_its_ledger_and_without(databases: dict[str, LevelDatabase]) -> None:
     """The real evaluator under the real controller: nothing runs again, and a fresh search finds the same."""
     database = databases["resnet-b"]

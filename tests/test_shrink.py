@@ -111,6 +111,7 @@ def test_ranks_fall_and_formats_come_last() -> None:
 # ---------------------------------------------------------------- stages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_stages_narrow_and_the_last_is_the_plan(database: LevelDatabase, name: str) -> None:
     plan = PLANS[name](database)
@@ -156,6 +157,7 @@ def test_blocks_go_one_after_the_other_the_least_needed_first(database: LevelDat
 # ---------------------------------------------------------------- recovered
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "rate"), [("widths", 0.01), ("widths", 1e3), ("ranks", 0.01), ("all, in int8", 0.01)])
 def test_it_is_never_worse_than_the_start_and_has_the_plans_shape(
     database: LevelDatabase, name: str, rate: float
@@ -167,6 +169,7 @@ def test_it_is_never_worse_than_the_start_and_has_the_plans_shape(
     assert shapes(after) == shapes(start)
 
 
+@pytest.mark.slow
 def test_falling_ranks_end_better_than_a_quarter_at_once(database: LevelDatabase) -> None:
     """Equally many steps from the same refit, plain and in stages."""
     plan = uniform(database.space, "channel rank 25%")
@@ -178,6 +181,7 @@ def test_falling_ranks_end_better_than_a_quarter_at_once(database: LevelDatabase
     assert staged < plain < judged(database, start)
 
 
+@pytest.mark.slow
 def test_it_repeats_counts_its_steps_and_leaves_the_original_alone(database: LevelDatabase) -> None:
     plan, task = pruned(database.space, drop=True), database.task
     start, dense = database.stitch(plan), {k: v.clone() for k, v in database.graph.module.state_dict().items()}
@@ -195,6 +199,7 @@ def test_it_repeats_counts_its_steps_and_leaves_the_original_alone(database: Lev
     assert all(torch.equal(v, dense[k]) for k, v in database.graph.module.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_plan_of_formats_has_no_stages(database: LevelDatabase) -> None:
     plan = uniform(database.space, "int8")
     start = database.stitch(plan)
@@ -205,6 +210,7 @@ def test_a_plan_of_formats_has_no_stages(database: LevelDatabase) -> None:
     assert all(torch.equal(plain[k], staged[k]) for k in plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["shrink=2,features,labels,dot", "shrink=3,theseus,scales"])
 def test_it_goes_with_other_words(database: LevelDatabase, words: str) -> None:
     plan = PLANS["4 bits"](database)
@@ -220,6 +226,7 @@ def test_it_needs_to_know_the_plan(database: LevelDatabase) -> None:
         recover(database.stitch(plan), database.graph.module, task, SHORT, reference, pairing=Pairing())
 
 
+@pytest.mark.slow
 def test_kept_models_come_back_to_the_bit(database: LevelDatabase, tmp_path: Path) -> None:
     plan, x = PLANS["all, in int8"](database), database.task.inputs(database.task.search)
     reference = forward(database.graph.module, database.task, database.task.search)
@@ -230,6 +237,7 @@ def test_kept_models_come_back_to_the_bit(database: LevelDatabase, tmp_path: Pat
     assert torch.equal(made, again)
 
 
+@pytest.mark.slow
 def test_a_decoder_loses_heads_neurons_and_blocks_in_stages(tmp_path: Path) -> None:
     """Its embedding stays tied to its head."""
     task = load_task(f"lm:{language.write_folder(tmp_path / 'lm', windows=100, steps=30)}", (), 0)

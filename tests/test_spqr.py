@@ -145,6 +145,7 @@ def test_straight_through_and_the_form_after_a_step() -> None:
     assert isinstance(form, WeightGroups) and form.holds(layer.weight.detach()) and not form.holds(raw.detach())  # type: ignore[operator,union-attr]
 
 
+@pytest.mark.slow
 def test_plans_and_files(tmp_path: Path) -> None:
     """After channels are gone, at both rungs, deployed and in the file."""
     task = networks.task("resnet-a", n=64)

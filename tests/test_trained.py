@@ -226,6 +226,7 @@ def test_hard_tables_come_out_of_soft_ones() -> None:
 # ---------------------------------------------------------------- better for it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("label", "words"),
     [
@@ -259,6 +260,7 @@ def test_trained_formats_help_and_stay_what_they_are(database: LevelDatabase, la
         assert all(form.holds(part.weight) for form in getattr(part, "forms", ()))
 
 
+@pytest.mark.slow
 def test_a_teacher_and_training_beat_both_alone(database: LevelDatabase) -> None:
     """2 bits: quantized distillation below training on labels, and that below rounding alone (Polino et al. 2018)."""
     before, taught = trained(database, NEAREST, "logits")
@@ -266,6 +268,7 @@ def test_a_teacher_and_training_beat_both_alone(database: LevelDatabase) -> None
     assert judged(database, taught) < judged(database, alone) <= judged(database, before)
 
 
+@pytest.mark.slow
 def test_trained_steps_beat_steps_that_follow(database: LevelDatabase) -> None:
     """At 2 bits a channel the widest grid has a third of the weights at its ends."""
     _, fixed = trained(database, FOLLOWING, "logits")
@@ -273,6 +276,7 @@ def test_trained_steps_beat_steps_that_follow(database: LevelDatabase) -> None:
     assert judged(database, steps) < judged(database, fixed)
 
 
+@pytest.mark.slow
 def test_a_price_makes_bits_fall(database: LevelDatabase) -> None:
     label, found = "4-bit weights in groups of 32 by GPTQ", {}
     for price in (0.0001, 2.0):
@@ -281,6 +285,7 @@ def test_a_price_makes_bits_fall(database: LevelDatabase) -> None:
     assert found[2.0] < found[0.0001] <= 4.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("label", "words"), [(FOLLOWING, "scales"), ("8-bit weights", "bits"), ("2-bit tables", "clusters")]
 )

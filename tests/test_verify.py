@@ -154,6 +154,7 @@ def test_pairing_is_what_makes_the_interval_narrow():
     assert high - low < (own_high - own_low) / 3
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.tuples(st.floats(-10, 10), st.floats(-10, 10)), min_size=1, max_size=40),

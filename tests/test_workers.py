@@ -102,6 +102,7 @@ def test_the_evaluator_asks_workers_only_for_what_nobody_knows(
     assert there(asked[:4])[0].cached and sent == [4] and there.counts == here.counts
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_only_what_it_was_doing(
     made: tuple[LevelDatabase, Opening], workers: LocalWorkers
 ) -> None:
@@ -119,6 +120,7 @@ def test_a_killed_worker_costs_only_what_it_was_doing(
     assert len(workers.pids) == 2 and killed not in workers.pids
 
 
+@pytest.mark.slow
 def test_a_plan_that_kills_every_worker_is_given_up(
     made: tuple[LevelDatabase, Opening], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +134,7 @@ def test_a_plan_that_kills_every_worker_is_given_up(
     assert running.pids == []
 
 
+@pytest.mark.slow
 def test_what_a_worker_cannot_do_is_one_sentence(made: tuple[LevelDatabase, Opening]) -> None:
     with (
         LocalWorkers(replace(made[1], key="other"), 1) as running,
@@ -155,6 +158,7 @@ def _gone(pid: int, seconds: float = 20) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at /proc")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_workers_end_with_their_parent(how: signal.Signals, tmp_path: Path) -> None:
@@ -189,6 +193,7 @@ def test_workers_end_with_their_parent(how: signal.Signals, tmp_path: Path) -> N
         assert len(pids) == 2 and all(map(_gone, pids))
 
 
+@pytest.mark.slow
 def test_same_seed_same_front(made: tuple[LevelDatabase, Opening], workers: LocalWorkers) -> None:
     database = made[0]
     costs = CostModel(database.graph, database.space, {})
@@ -298,6 +303,7 @@ def test_no_cluster_is_one_sentence(made: tuple[LevelDatabase, Opening]) -> None
         list(running.measure(queries(made[0], 1)))
 
 
+@pytest.mark.slow
 def test_without_ray_the_way_out_is_named(made: tuple[LevelDatabase, Opening], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match=r"pip install autocompress\[ray\]"):

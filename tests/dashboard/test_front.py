@@ -199,12 +199,14 @@ def test_launch_listens_here_only() -> None:
     assert command[-3:] == ["--", "--store", "my store/jobs.sqlite"]
 
 
+@pytest.mark.slow
 def test_the_dashboard_needs_no_torch() -> None:
     modules = "job_page, front, launch, picture, plots, tables"
     code = f"import sys; from autocompress.dashboard import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_the_sensitivity_map_has_a_row_a_site_and_rings_on_the_plan(tmp_path: Path) -> None:
     result = sample.diagnosed()
     assert result.diagnosis is not None

@@ -54,6 +54,7 @@ def test_an_empty_store_says_what_to_do(place: Path) -> None:
     assert "no jobs yet; submit one with `autocompress submit" in app.info[0].value
 
 
+@pytest.mark.slow
 def test_the_list_of_jobs(filled: tuple[JobStore, Job]) -> None:
     _store, job = filled
     app = open_page()
@@ -98,6 +99,7 @@ def test_a_race_on_its_jobs_page(filled: tuple[JobStore, Job]) -> None:
     assert list(table["controller"]) == ["evolution", "random"] and list(table["found after"]) == [120, 90]
 
 
+@pytest.mark.slow
 def test_a_diagnosis_on_its_jobs_page(filled: tuple[JobStore, Job]) -> None:
     store, _job = filled
     store.submit("compress", sample.request())
@@ -114,6 +116,7 @@ def test_a_diagnosis_on_its_jobs_page(filled: tuple[JobStore, Job]) -> None:
     assert "Diagnosis" not in texts(open_page(_job.id))
 
 
+@pytest.mark.slow
 def test_another_plan_rung_and_axes(filled: tuple[JobStore, Job]) -> None:
     _store, job = filled
     result = sample.result()
@@ -132,6 +135,7 @@ def test_another_plan_rung_and_axes(filled: tuple[JobStore, Job]) -> None:
     assert not app.exception and any("Over budget by" in w.value for w in app.warning)
 
 
+@pytest.mark.slow
 def test_an_export_goes_through_the_store(filled: tuple[JobStore, Job]) -> None:
     store, job = filled
     app = open_page(job.id)
@@ -150,6 +154,7 @@ def test_an_export_goes_through_the_store(filled: tuple[JobStore, Job]) -> None:
     assert "is gone; export the plan again" in texts(app)
 
 
+@pytest.mark.slow
 def test_running_failed_and_cancelled_jobs(filled: tuple[JobStore, Job]) -> None:
     store, _job = filled
     by_state = {job.state: job for job in store.list()}
@@ -161,6 +166,7 @@ def test_running_failed_and_cancelled_jobs(filled: tuple[JobStore, Job]) -> None
     assert any(button.label == "Stopping" and button.disabled for button in app.button)
 
 
+@pytest.mark.slow
 def test_a_failed_job_shows_the_front_it_has(filled: tuple[JobStore, Job]) -> None:
     store, _job = filled
     store.submit("compress", sample.request())

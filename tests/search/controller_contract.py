@@ -77,6 +77,7 @@ class ControllerContract:
         costs, budgets, evaluator = problem(space, **toy)  # type: ignore[arg-type]
         return CONTROLLERS[self.name](space, costs, budgets, seed), evaluator
 
+    @pytest.mark.slow
     def test_same_seed_same_queries_also_in_another_process(self, request: pytest.FixtureRequest) -> None:
         n = self.n(50)
         here = asked(self.name, n)

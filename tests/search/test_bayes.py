@@ -119,6 +119,7 @@ def test_no_evaluation_is_spent_over_a_limit(name: str) -> None:
     assert sum(e.violation > 0 for e in front.evaluations("full")) <= spread
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bayes", "bayes-cmaes"])
 def test_better_than_random_and_uniform(name: str) -> None:
     """At equal evaluations, with pairs of sites."""
@@ -196,6 +197,7 @@ def test_another_process_reads_params_values_and_constraints(tmp_path: Path) -> 
     assert states == {("COMPLETE", True), ("COMPLETE", False), ("PRUNED", False)}
 
 
+@pytest.mark.slow
 def test_a_search_that_is_begun_anew_does_not_double_its_study(tmp_path: Path) -> None:
     path = tmp_path / "optuna.log"
     plans = []
@@ -225,6 +227,7 @@ def test_a_file_that_is_no_storage_is_named(tmp_path: Path) -> None:
             Bayes(LARGE, costs, budgets, 0, storage=path).ask(1)
 
 
+@pytest.mark.slow
 def test_the_search_room_does_not_import_optuna() -> None:
     code = "import sys, autocompress.search, autocompress.cli; print('optuna' in sys.modules, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from controller_contract import LARGE, ControllerContract, searched
 from toys import ToyCosts, ToyLoss, chain, separable, space_of
 
@@ -23,6 +24,7 @@ def target(share: float, space: SearchSpace = SPACE) -> tuple[ToyCosts, Budget]:
     return costs, Budget("size_mb", costs.cost([space.dense])[0, 0] * 1e-6 * share)
 
 
+@pytest.mark.slow
 def test_within_two_percent_of_the_size_before_anything_is_judged() -> None:
     for share in (0.6, 0.3, 0.1):
         costs, budget = target(share)

@@ -108,6 +108,7 @@ def test_the_slope_of_a_toy_is_its_difference() -> None:
     assert np.array(answer.gradient) @ step == pytest.approx((ahead - behind) / 2, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_gradients_pay() -> None:
     """At 60 evaluations: better than chance where pairs of sites matter."""
     space = space_of(*[6] * 14)

@@ -35,6 +35,7 @@ def test_the_most_saving_for_the_least_harm_goes_first() -> None:
     assert switches([90, 20, 20], [0.3, 0.01, 1.0], limit=285) == (0, 1, 0)
 
 
+@pytest.mark.slow
 def test_between_uniform_and_exact() -> None:
     losses = {}
     for name in ("uniform", "greedy", "exact"):

@@ -23,6 +23,7 @@ from autocompress.search.wall import Choices, Walk, Wall, nearest
 from autocompress.types import Budget, Evaluation, IntArray, Level, MethodConfig, Plan, SearchSpace, Site
 
 
+@pytest.mark.slow
 class TestAmc(ControllerContract):
     name = "amc"
     scale = 0.5
@@ -33,6 +34,7 @@ class TestConditional(ControllerContract):
     name = "conditional"
 
 
+@pytest.mark.slow
 class TestReinforce(ControllerContract):
     name = "reinforce"
 
@@ -274,6 +276,7 @@ def blocks_and_channels(n_blocks: int, n_channels: int, harmless: int = 0) -> tu
     return space, costs, loss
 
 
+@pytest.mark.slow
 def test_blocks_are_removed_first_then_the_rest_is_shrunk() -> None:
     space, costs, loss = blocks_and_channels(4, 6, harmless=2)
     controller = Reinforce(space, costs, loss.budgets, 0)
@@ -358,6 +361,7 @@ def test_the_global_seed_is_left_alone() -> None:
     assert torch.equal(torch.rand(4), expected)
 
 
+@pytest.mark.slow
 def test_threads_of_the_caller_do_not_change_the_path() -> None:
     import torch
 

@@ -58,6 +58,7 @@ def untimed(entries: Sequence[RaceEntry]) -> list[Any]:
     return [(e.controller, e.evaluations, [(m.evaluations, m.loss, m.hypervolume) for m in e.history]) for e in entries]
 
 
+@pytest.mark.slow
 def test_each_searches_as_if_alone_and_is_charged_for_all_it_asks(tmp_path: Path) -> None:
     evaluator = Paid()
     entries, front = race(tmp_path / "race.json", evaluator=evaluator)
@@ -102,6 +103,7 @@ def test_a_race_by_the_clock_is_repeated_by_its_numbers(tmp_path: Path) -> None:
     assert untimed(again) == untimed(entries) and same.evaluations("full") == front.evaluations("full")
 
 
+@pytest.mark.slow
 def test_what_is_known_is_where_everybody_begins(tmp_path: Path) -> None:
     _, front = race(tmp_path / "first.json")
     best = front.best(fidelity="full")

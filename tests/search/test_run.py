@@ -31,6 +31,7 @@ def test_exactly_the_evaluations_asked_for(n: int) -> None:
     assert not outcome.finished
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(CONTROLLERS))
 def test_the_batch_size_does_not_change_the_path(name: str) -> None:
     found, evaluations = [], {"bayes-gp": 15, "amc": 20}.get(name, 40)  # these take long to choose a plan

@@ -112,6 +112,7 @@ def test_large_tables_fall_back_and_stay_feasible(monkeypatch: pytest.MonkeyPatc
     assert holds(tables.cost([found.plan])[0], limit)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 3), st.floats(0.15, 1.1), st.sampled_from(["chain", "lazy", "streams"]))
 def test_branching_equals_brute_force(seed: int, n_keys: int, share: float, kind: str) -> None:
@@ -169,6 +170,7 @@ def streams(n_levels: list[int], seed: int, keys: tuple[str, ...]) -> ToyCosts:
     return ToyCosts(keys, [*factors, CostFactor("overhead", (), np.full(len(keys), 11))], n_levels)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.floats(0.15, 1.1), st.sampled_from(["separable", "chain"]))
 def test_minimax_is_the_least_largest_loss(seed: int, share: float, kind: str) -> None:

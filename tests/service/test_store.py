@@ -169,6 +169,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert [store.ledger().get(str(i)) for i in range(50)] == [{"i": i} for i in range(50)]
 
 
+@pytest.mark.slow
 def test_many_processes_open_and_claim_at_once(tmp_path: Path) -> None:
     """Four processes make the same new store, put the same keys and claim: each job goes to one of them."""
     code = f"""

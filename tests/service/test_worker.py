@@ -58,6 +58,7 @@ def gone(pid: int) -> bool:
         return True
 
 
+@pytest.mark.slow
 def test_it_runs_what_is_queued(store: JobStore) -> None:
     jobs = [store.submit("compress", REQUEST) for _ in range(2)]
     events = run(store, runners.count_to_twenty)
@@ -92,6 +93,7 @@ def test_a_failed_job_keeps_the_front_it_wrote(store: JobStore) -> None:
     assert store.result(job.id) == sample.result()
 
 
+@pytest.mark.slow
 def test_a_running_job_is_cancelled(store: JobStore) -> None:
     job = store.submit("compress", REQUEST)
     canceller = threading.Thread(target=lambda: (wait_for(lambda: started(store, job, 2)), store.cancel(job.id)))
@@ -101,6 +103,7 @@ def test_a_running_job_is_cancelled(store: JobStore) -> None:
     assert store.get(job.id).state == "cancelled" and 2 <= len(store.ledger(job.id)) < 20
 
 
+@pytest.mark.slow
 def test_a_deaf_job_is_killed_with_its_processes(store: JobStore) -> None:
     job = store.submit("compress", REQUEST)
     canceller = threading.Thread(target=lambda: (wait_for(lambda: started(store, job, 1)), store.cancel(job.id)))
@@ -111,6 +114,7 @@ def test_a_deaf_job_is_killed_with_its_processes(store: JobStore) -> None:
     wait_for(lambda: gone(int((job.folder / "child").read_text())))
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_nothing(store: JobStore) -> None:
     """kill -9 of the worker in mid-job: its job's process dies too, the next worker finishes from the ledger."""
     job = store.submit("compress", REQUEST)
@@ -128,6 +132,7 @@ def test_a_killed_worker_loses_nothing(store: JobStore) -> None:
     assert store.get(job.id).attempts == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_worker_puts_its_job_back(store: JobStore, number: signal.Signals) -> None:
     job = store.submit("compress", REQUEST)
@@ -142,6 +147,7 @@ def test_an_interrupted_worker_puts_its_job_back(store: JobStore, number: signal
     assert store.get(job.id).state == "succeeded"
 
 
+@pytest.mark.slow
 def test_two_workers_share_the_queue(store: JobStore) -> None:
     jobs = [store.submit("compress", REQUEST) for _ in range(4)]
     workers = [start_worker(store, "count_to_twenty") for _ in range(2)]
