@@ -98,6 +98,7 @@ class LevelDatabase:
         self._grams: dict[str, Tensor] = {}
         self._fisher: dict[str, Tensor] = {}
         self._orders: dict[str, npt.NDArray[np.int64]] = {}
+        self._energy: dict[str, Tensor] = {}
         self._cache: OrderedDict[tuple[object, ...], Weights] = OrderedDict()
         self._cache_bytes = 0
         self._contexts: ByteCache[tuple[object, ...], LayerContext] = ByteCache(CONTEXT_BYTES)
@@ -124,11 +125,19 @@ class LevelDatabase:
                 self._save(path, self._measure_grams(names))
             self._grams.update(self._load(path))
         self._checkpoint(progress, cancelled, len(chunks), total)
-        path = self.folder / f"orders_{self.importance}{'_data_free' * self.data_free}.safetensors"
-        if not path.exists():
-            orders = {name: torch.from_numpy(order) for name, order in self._measure_orders().items()}
-            self._save(path, orders or {"none": torch.zeros(0)})
-        self._orders = {name: order.numpy() for name, order in self._load(path).items()}
+        widths = [group for group in self.graph.groups if group.carried and f"channels:{group.name}" in self._site]
+        for kind, groups in (("orders", [g for g in self.graph.groups if not g.carried]), ("widths", widths)):
+            path = self.folder / f"{kind}_{self.importance}{'_data_free' * self.data_free}.safetensors"
+            if not path.exists() and (kind == "orders" or groups):
+                orders = {name: torch.from_numpy(order) for name, order in self._measure_orders(groups).items()}
+                self._save(path, orders or {"none": torch.zeros(0)})
+            if path.exists():
+                self._orders |= {name: order.numpy() for name, order in self._load(path).items()}
+        if widths:
+            path = self.folder / "energy.safetensors"
+            if not path.exists():
+                self._save(path, self._measure_energy() or {"none": torch.zeros(0)})
+            self._energy = self._load(path)
         if self.by_gradients:
             self._checkpoint(progress, cancelled, total - 1, total)
             path = self.folder / f"fisher_{FISHER_IMAGES}.safetensors"
@@ -201,9 +210,31 @@ class LevelDatabase:
                 handle.remove()
         return {name: part.gram.float().contiguous() for name, part in moments.items()}
 
-    def _measure_orders(self) -> dict[str, npt.NDArray[np.int64]]:
+    def _measure_energy(self) -> dict[str, Tensor]:
+        """Each channel's share of the squares that an RMSNorm across a group takes the mean of.  # name -> (channels,)"""
+        module = self.graph.module
+        names = [n for n in self.graph.channelwise if isinstance(module.get_submodule(n), nn.RMSNorm)]
+        shares = {name: torch.zeros(len(self.graph.channelwise[name]), dtype=torch.float64) for name in names}
+
+        def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def run(part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                squares = inputs[0].double().square().reshape(-1, inputs[0].shape[-1])
+                shares[name] += (squares / squares.sum(1, keepdim=True).clamp_min(1e-30)).sum(0)
+
+            return run
+
+        handles = [module.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+        try:
+            with torch.no_grad():
+                for inputs in self._batches(GRAM_IMAGES):
+                    module(inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: share / share.sum().clamp_min(1e-30) for name, share in shares.items()}
+
+    def _measure_orders(self, groups: Sequence[Group]) -> dict[str, npt.NDArray[np.int64]]:
         """Channel positions of each group, most important first."""
-        groups = self.graph.groups
         if self.importance == "obs":
             return {group.name: obs_order(self.graph, group, self.folded, self.gram) for group in groups}
         if self.importance in GRADIENT_SCORES:
@@ -307,9 +338,20 @@ class LevelDatabase:
         def make(layer: Layer, columns: npt.NDArray[np.intp], rows: npt.NDArray[np.intp]) -> dict[str, nn.Module]:
             return self.layer_modules(layer, columns, rows, self.layer_steps(plan, layer.name))
 
-        model = rebuild(self.graph, self.keep(plan), self.dropped(plan), make)
+        model = rebuild(self.graph, self.keep(plan), self.dropped(plan), make, self.narrow)
         self.place_quantizers(model, plan)
         return model
+
+    def narrow(self, name: str, index: npt.NDArray[np.intp]) -> nn.Module:
+        """A norm or an embedding at the kept channels, a norm across them with the size its outputs had.
+
+        Without the channels that are gone an RMSNorm divides by less, by the root of their share of the squares on the mean.
+        """
+        old = self.graph.module.get_submodule(name)
+        new = slice_channelwise(old, index)
+        if isinstance(new, nn.RMSNorm) and name in self._energy and len(index) < len(self._energy[name]):
+            new.weight.data *= float(self._energy[name][torch.from_numpy(index)].sum().sqrt())
+        return new
 
     def layer_modules(
         self, layer: Layer, columns: npt.NDArray[np.intp], rows: npt.NDArray[np.intp], steps: Sequence[MethodConfig]

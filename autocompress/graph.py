@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,8 @@ FOLDS = "folds"
 """Key in ``fx.Node.meta`` of the batch norms that belong to the layer before them (``Layer.norm``)."""
 
 IS_OUTPUT = "it is the model's output"
+HIDDEN = "hidden_width"
+"""Name of the group of channels that an embedding writes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +69,16 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Channels with one decision: ``classes`` in the order of the first producer's outputs."""
+    """Channels with one decision: ``classes`` in the order of the first producer's outputs.
+
+    ``carried``: RMSNorms that run across them and embeddings of which they are columns. A group that has any is a hidden width.
+    """
 
     name: str
     classes: npt.NDArray[np.int64]
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
+    carried: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +130,8 @@ def trace(model: nn.Module, example: Tensor, *, proofs: bool = True) -> Graph:
     values, classes, channelwise = _propagate(module, example)
     layers = _find_layers(module, values, classes)
     groups, refused = _find_groups(layers, classes)
-    refused |= _left_alone(module, layers)
+    groups = _with_carried(module, groups, channelwise, classes)
+    refused |= _left_alone(module, layers, {name for group in groups for name in group.carried})
     graph = Graph(
         module=module,
         values={name: value.resolved(classes) for name, value in values.items()},
@@ -208,8 +215,8 @@ def _find_layers(module: fx.GraphModule, values: Mapping[str, Value], classes: C
     return layers
 
 
-def _left_alone(module: fx.GraphModule, layers: Mapping[str, Layer]) -> dict[str, str]:
-    """What has weights and no site: nothing is skipped without a word."""
+def _left_alone(module: fx.GraphModule, layers: Mapping[str, Layer], carried: Container[str]) -> dict[str, str]:
+    """What has weights and no site of its own: nothing is skipped without a word."""
     found = {}
     uses = _module_uses(module)
     for node in module.graph.nodes:
@@ -219,7 +226,8 @@ def _left_alone(module: fx.GraphModule, layers: Mapping[str, Layer]) -> dict[str
                 shared = "it is used in more than one place" if uses[str(node.target)] > 1 else ""
                 kind = type(part).__name__
                 article = "an" if kind[0] in "AEIO" else "a"
-                found[str(node.target)] = shared or f"{article} {kind} stays as it is"
+                if str(node.target) not in carried:
+                    found[str(node.target)] = shared or f"{article} {kind} stays as it is"
         elif node.op == "call_function" and node.target in (F.conv2d, F.linear):
             owner = _owner_of_weight(node, {str(n.target) for n in module.graph.nodes if n.op == "call_module"})
             function = "it is a function call, and only modules are compressed"
@@ -295,6 +303,26 @@ def _find_groups(layers: Mapping[str, Layer], classes: Classes) -> tuple[tuple[G
     return tuple(groups), refused
 
 
+def _with_carried(
+    module: fx.GraphModule, groups: Sequence[Group], channelwise: Mapping[str, npt.NDArray[np.int64]], classes: Classes
+) -> tuple[Group, ...]:
+    """The groups with the norms across them and their embeddings; see :class:`Group`. Those of embeddings are named for what
+    they are, and not after one of many layers that write them."""
+    across = {
+        name: classes.roots(ids)
+        for name, ids in channelwise.items()
+        if isinstance(module.get_submodule(name), nn.RMSNorm | nn.Embedding)
+    }
+    found: list[Group] = []
+    for group in groups:
+        carried = tuple(name for name, ids in across.items() if np.isin(ids, group.classes).any())
+        named = sum(other.name.startswith(HIDDEN) for other in found)
+        if any(isinstance(module.get_submodule(name), nn.Embedding) for name in carried):
+            group = replace(group, name=f"{HIDDEN}#{named + 1}" if named else HIDDEN)
+        found.append(replace(group, carried=carried))
+    return tuple(found)
+
+
 def _copies(layers: Mapping[str, Layer], classes: Classes) -> dict[int, tuple[int, ...]]:
     """How often each class stands at each layer that has it, in order."""
     found: dict[int, list[int]] = {}
@@ -364,12 +392,23 @@ MakeLayer = Callable[[Layer, npt.NDArray[np.intp], npt.NDArray[np.intp]], Mappin
 """``(layer, kept inputs, kept outputs) -> modules by name``: the layer's replacement and, if it changes, its norm's."""
 
 
-def rebuild(graph: Graph, keep: Keep, dropped: Iterable[str] = (), make: MakeLayer | None = None) -> fx.GraphModule:
+NarrowPart = Callable[[str, npt.NDArray[np.intp]], nn.Module]
+"""``(name, kept channels) -> module``: what is no layer and has something a channel."""
+
+
+def rebuild(
+    graph: Graph,
+    keep: Keep,
+    dropped: Iterable[str] = (),
+    make: MakeLayer | None = None,
+    narrow: NarrowPart | None = None,
+) -> fx.GraphModule:
     """A new model without the removed channels and dropped blocks; the graph's own weights stay untouched.
 
-    ``make`` gives the modules of each layer; by default the dense weights, sliced.
+    ``make`` gives the modules of each layer, ``narrow`` those of norms and embeddings; by default the dense weights, sliced.
     """
     make = make or (lambda layer, rows, columns: slice_layer(graph, layer, rows, columns))
+    narrow = narrow or (lambda name, index: slice_channelwise(old[name], index))
     new_graph = _without_blocks(graph, set(dropped))
     _fix_constants(graph, new_graph, keep)
     old = dict(graph.module.named_modules(remove_duplicate=False))
@@ -377,16 +416,26 @@ def rebuild(graph: Graph, keep: Keep, dropped: Iterable[str] = (), make: MakeLay
     for node in new_graph.nodes:
         name = str(node.target)
         if node.op == "get_attr":
-            parts[name] = operator.attrgetter(name)(graph.module)
+            parts[name] = constant(graph, name, keep)
         elif node.op == "call_module" and name not in parts:
             if name in graph.layers:
                 layer = graph.layers[name]
                 parts.update(make(layer, layer.kept_inputs(keep), layer.kept_outputs(keep)))
             elif name in graph.channelwise:
-                parts[name] = slice_channelwise(old[name], np.flatnonzero(keep[graph.channelwise[name]]))
+                parts[name] = narrow(name, np.flatnonzero(keep[graph.channelwise[name]]))
             else:
                 parts[name] = copy.deepcopy(old[name])
+    for name, owner in [(name, name.rpartition(".")[0]) for name in parts]:
+        if owner in graph.channelwise and owner in parts:  # tied: one weight, as in the original
+            parts[name] = parts[owner].weight
     return fx.GraphModule(parts, new_graph).eval()
+
+
+def constant(graph: Graph, target: str, keep: Keep) -> Tensor:
+    """What a ``get_attr`` node reads; of an embedding's weight the columns that live."""
+    found: Tensor = operator.attrgetter(target)(graph.module)
+    ids = graph.channelwise.get(target.rpartition(".")[0])
+    return found if ids is None or keep[ids].all() else sliced_columns(found, np.flatnonzero(keep[ids]))
 
 
 def aliases(graph: Graph, dropped: Iterable[str]) -> dict[str, str]:
@@ -499,9 +548,14 @@ def make_layer(like: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Modul
 
 
 def slice_channelwise(old: nn.Module, index: npt.NDArray[np.intp]) -> nn.Module:
-    """Batch norm or PReLU with the kept channels only."""
+    """Batch norm, PReLU, RMSNorm or the columns of an embedding with the kept channels only."""
     new = copy.deepcopy(old)
     kept = torch.from_numpy(index)
+    if isinstance(new, nn.RMSNorm):
+        return _sliced_rms(new, kept)
+    if isinstance(new, nn.Embedding):
+        new.weight, new.embedding_dim = sliced_columns(new.weight, index), len(index)
+        return new
     for name, tensor in [*old.named_parameters(recurse=False), *old.named_buffers(recurse=False)]:
         if (tensor.ndim == 1 and tensor.shape[0] > 1) or (tensor.ndim == 1 and len(index) == 1):
             sliced = tensor.detach()[kept].clone()
@@ -514,6 +568,26 @@ def slice_channelwise(old: nn.Module, index: npt.NDArray[np.intp]) -> nn.Module:
     return new
 
 
+def _sliced_rms(norm: nn.RMSNorm, kept: Tensor) -> nn.RMSNorm:
+    """``norm``, which is changed, over ``n`` of ``N`` channels: what it is over all of them where the others are zero.
+
+    ``x w / sqrt(sum x^2 / N + eps)`` is ``x (w sqrt(N / n)) / sqrt(sum x^2 / n + eps N / n)``.
+    """
+    before, after = norm.normalized_shape[0], len(kept)
+    if after == before:
+        return norm
+    eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
+    weight = torch.ones(before) if norm.weight is None else norm.weight.detach()
+    new = nn.RMSNorm(after, eps * before / after, device="meta")
+    new.weight = nn.Parameter(weight[kept] * (before / after) ** 0.5, requires_grad=False)
+    return new.train(norm.training)
+
+
+def sliced_columns(weight: Tensor, index: npt.NDArray[np.intp]) -> nn.Parameter:
+    """The kept columns of an embedding's weight, as a parameter of its own.  # (rows, len(index))"""
+    return nn.Parameter(weight.detach()[:, torch.from_numpy(index)].clone(), requires_grad=False)
+
+
 # ---------------------------------------------------------------- proof
 
 TOLERANCE = 1e-4
@@ -523,7 +597,8 @@ def prove(graph: Graph, group: Group, example: Tensor, seed: int = 0) -> float:
     """Largest difference between the physically pruned and the masked model, relative to the output's size.
 
     About half of the group's channels are removed at random, not contiguous. Masked means: the dense model whose
-    consumers' weights are zero at the removed input channels.
+    consumers' weights are zero at the removed input channels. A hidden width is masked where it is written, in the rows of its
+    producers and the columns of its embeddings, as the norms across it read it, too.
     """
     rng = np.random.default_rng(seed)
     width = len(group.classes)
@@ -538,10 +613,21 @@ def prove(graph: Graph, group: Group, example: Tensor, seed: int = 0) -> float:
         if not layer.depthwise:
             gone = torch.from_numpy(np.flatnonzero(~keep[layer.inputs]))
             made[layer.name].weight.data[:, gone] = 0  # type: ignore[operator]
+        if group.carried:
+            written: Any = made[layer.name]
+            for part in (written.weight, written.bias):
+                if part is not None:
+                    part.data[torch.from_numpy(np.flatnonzero(~keep[layer.outputs]))] = 0
         return made
 
+    def emptied(name: str, index: npt.NDArray[np.intp]) -> nn.Module:
+        made: Any = slice_channelwise(graph.module.get_submodule(name), index)
+        if isinstance(made, nn.Embedding):
+            made.weight.data[:, torch.from_numpy(np.flatnonzero(~keep[graph.channelwise[name]]))] = 0
+        return made  # type: ignore[no-any-return]
+
     with torch.no_grad():
-        want = rebuild(graph, graph.keep_all(), make=masked)(example)
+        want = rebuild(graph, graph.keep_all(), make=masked, narrow=emptied)(example)
         got = rebuild(graph, keep)(example)
     if got.shape != want.shape or not bool(torch.isfinite(got).all()):
         return float("inf")

@@ -118,7 +118,8 @@ def narrowed(
         name = str(node.target)
         if node.op == "get_attr":
             owner, _, leaf = name.rpartition(".")
-            setattr(new.get_submodule(owner), leaf, copy.deepcopy(getattr(model.get_submodule(owner), leaf)))
+            if owner not in graph.channelwise:  # a tied weight comes with its embedding
+                setattr(new.get_submodule(owner), leaf, copy.deepcopy(getattr(model.get_submodule(owner), leaf)))
         elif node.op == "call_module" and name not in made:
             ids = graph.channelwise.get(name)
             index = None if ids is None else _within(np.flatnonzero(wide[ids]), np.flatnonzero(keep[ids]))
