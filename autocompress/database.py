@@ -211,9 +211,18 @@ class LevelDatabase:
         return {name: part.gram.float().contiguous() for name, part in moments.items()}
 
     def _measure_energy(self) -> dict[str, Tensor]:
-        """Each channel's share of the squares that an RMSNorm across a group takes the mean of.  # name -> (channels,)"""
-        module = self.graph.module
-        names = [n for n in self.graph.channelwise if isinstance(module.get_submodule(n), nn.RMSNorm)]
+        """Each channel's share of the squares that an RMSNorm across a group takes the mean of, where layers alone read it.
+
+        Name -> shares  # (channels,)
+        """
+        module, layers = self.graph.module, {layer.node for layer in self.graph.layers.values()}
+        names = [
+            str(node.target)
+            for node in module.graph.nodes
+            if str(node.target) in self.graph.channelwise
+            and isinstance(module.get_submodule(str(node.target)), nn.RMSNorm)
+            and {user.name for user in node.users} <= layers
+        ]
         shares = {name: torch.zeros(len(self.graph.channelwise[name]), dtype=torch.float64) for name in names}
 
         def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -343,15 +352,22 @@ class LevelDatabase:
         return model
 
     def narrow(self, name: str, index: npt.NDArray[np.intp]) -> nn.Module:
-        """A norm or an embedding at the kept channels, a norm across them with the size its outputs had.
+        """A norm or an embedding at the kept channels.
 
-        Without the channels that are gone an RMSNorm divides by less, by the root of their share of the squares on the mean.
+        An RMSNorm across them divides by less than before, on the mean by the root of the kept share of the squares. Layers are
+        refitted on inputs of the original's size, so a norm that they alone read is made that much smaller.
         """
-        old = self.graph.module.get_submodule(name)
-        new = slice_channelwise(old, index)
-        if isinstance(new, nn.RMSNorm) and name in self._energy and len(index) < len(self._energy[name]):
-            new.weight.data *= float(self._energy[name][torch.from_numpy(index)].sum().sqrt())
+        new = slice_channelwise(self.graph.module.get_submodule(name), index)
+        if isinstance(new, nn.RMSNorm) and len(index) < len(self.graph.channelwise[name]):
+            alive = torch.zeros(len(self.graph.channelwise[name]))
+            alive[torch.from_numpy(index)] = 1.0
+            new.weight.data *= self.remaining(name, alive)
         return new
+
+    def remaining(self, name: str, alive: Tensor) -> Tensor:
+        """What outputs of a norm shrink to, see :meth:`narrow`, where so much of each channel lives.  # (channels,) -> ()"""
+        energy = self._energy.get(name)
+        return torch.ones(()) if energy is None else (energy.to(alive.dtype) @ alive).sqrt()
 
     def layer_modules(
         self, layer: Layer, columns: npt.NDArray[np.intp], rows: npt.NDArray[np.intp], steps: Sequence[MethodConfig]
