@@ -374,7 +374,7 @@ def _attention(call: Call) -> Value | None:
 def _across(call: Call) -> Value | None:
     """A norm over its last axes: where the channels are among these, each depends on all of them.
 
-    An RMSNorm over what is left is the one over all with zeros but for two numbers (``graph.slice_channelwise``). A mean that is
+    An RMSNorm over what is left is the one over all with zeros but for two numbers (``slicing.py``). A mean that is
     taken off has no such form: zeros would become what is taken off.
     """
     source, axes = call.inputs[0], len(cast(Any, call.part).normalized_shape)

@@ -35,7 +35,7 @@ from autocompress.gram import (
     unfold,
     unfolded_size,
 )
-from autocompress.graph import Graph, Group, Keep, Layer, aliases, make_layer, rebuild, slice_channelwise, slice_layer
+from autocompress.graph import Graph, Group, Keep, Layer, aliases, rebuild, slice_layer
 from autocompress.methods import (
     CalibratedInt8,
     ChannelPruning,
@@ -55,6 +55,7 @@ from autocompress.methods.quantization import Ranges
 from autocompress.methods.ranges import RangeObserver, freeze_ranges
 from autocompress.prefix import ByteCache
 from autocompress.results import Importance
+from autocompress.slicing import make_layer, slice_channelwise
 from autocompress.tasks import Task
 from autocompress.tasks.augment import images_first
 from autocompress.types import MethodConfig, Plan, SearchSpace, digest

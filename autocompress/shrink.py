@@ -25,10 +25,11 @@ from torch import fx, nn
 from autocompress.database import LevelDatabase
 from autocompress.deploy import fold_norm, set_submodule
 from autocompress.finish import carry_over
-from autocompress.graph import Layer, rebuild, slice_channelwise
+from autocompress.graph import Layer, rebuild
 from autocompress.methods import Factored
 from autocompress.methods.factored import composed
 from autocompress.search.tables import switch
+from autocompress.slicing import slice_channelwise
 from autocompress.types import MethodConfig, Plan
 
 Index = npt.NDArray[np.intp]

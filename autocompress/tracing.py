@@ -43,8 +43,8 @@ def normalized(model: nn.Module) -> fx.GraphModule:
 
 
 def _with_plain_norms(model: nn.Module) -> nn.Module:
-    """``model``, which is changed, with torch's own RMSNorm in the place of others' (Hugging Face's ``LlamaRMSNorm`` and the like)
-    wherever both compute the same: written out, a norm is many operations that no rule follows."""
+    """``model``, which is changed, with torch's own RMSNorm in the place of others' (``LlamaRMSNorm`` of Hugging Face) wherever
+    both compute the same: written out, a norm is many operations that no rule follows."""
     plain: dict[nn.Module, nn.RMSNorm] = {}
     for name, part in list(model.named_modules(remove_duplicate=False)):
         if name and type(part).__name__.endswith("RMSNorm") and not isinstance(part, nn.RMSNorm):

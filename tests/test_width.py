@@ -22,10 +22,11 @@ from autocompress.errors import UsageError
 from autocompress.evaluate import Measurer, fitness
 from autocompress.export import export_onnx
 from autocompress.finish import finish
-from autocompress.graph import Graph, prove, rebuild, slice_channelwise, trace
+from autocompress.graph import Graph, prove, rebuild, trace
 from autocompress.onnx_cost import file_costs
 from autocompress.onnx_file import parity
 from autocompress.results import METHOD_FAMILIES
+from autocompress.slicing import slice_channelwise
 from autocompress.space import make_space
 from autocompress.tasks import Task, load_task
 from autocompress.tasks.decoder import load_decoder
