@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -25,14 +27,16 @@ from autocompress.finish import finish
 from autocompress.graph import Graph, prove, rebuild, trace
 from autocompress.onnx_cost import file_costs
 from autocompress.onnx_file import parity
-from autocompress.results import METHOD_FAMILIES
+from autocompress.pipeline import compress
+from autocompress.results import METHOD_FAMILIES, Importance, Request
 from autocompress.slicing import slice_channelwise
 from autocompress.space import make_space
 from autocompress.tasks import Task, load_task
 from autocompress.tasks.decoder import load_decoder
 from autocompress.types import Plan
+from autocompress.verify import check_model
 from tests.language import LENGTH, SMALL, write_folder
-from tests.test_export import optimized
+from tests.quick import shorten
 from tests.test_recover import judged
 from tests.test_relaxed import mixture, one_hot
 from tests.test_shrink import SHORT, recovered, shapes
@@ -256,35 +260,69 @@ def test_a_width_is_reached_in_stages_and_trained_with_its_head_tied(database: L
     assert shapes(after) == shapes(start) and shapes(after)["model.embed_tokens.weight"] == (48, 16)
 
 
+def test_a_width_is_trained_as_mixtures_of_the_originals_channels(database: LevelDatabase) -> None:
+    plan = narrowed(database, 4)
+    start, recipe = finish(database, plan), replace(SHORT.recipe, shrink=0, wid=True)
+    after = recovered(database, start, plan, replace(SHORT, batch_size=16, learning_rate=0.01, recipe=recipe))
+    assert judged(database, after) < judged(database, start) and shapes(after) == shapes(start)
+
+
+@pytest.mark.parametrize("importance", get_args(Importance))
+def test_every_importance_orders_a_width(task: Task, graph: Graph, tmp_path: Path, importance: Importance) -> None:
+    database = LevelDatabase(graph, make_space(graph, ("width",), importance), task, tmp_path / "db")
+    database.build()
+    assert sorted(database._orders["hidden_width"].tolist()) == list(range(32))
+    assert database.stitch((4,)).get_submodule("model.norm").normalized_shape == (16,)
+
+
 # ---------------------------------------------------------------- costs and files
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_file_is_narrower_and_counted_right(tmp_path: Path, tied: bool) -> None:
+def test_the_file_is_narrower_and_counted_right(
+    task: Task, graph: Graph, database: LevelDatabase, tmp_path: Path
+) -> None:
     """Every product of the graph that ONNX Runtime runs has the new width; MACs, parameters and bytes are the tables'."""
-    task = load_task(f"lm:{write_folder(tmp_path / 'm', tie_word_embeddings=tied, steps=30)}")
-    graph = trace(task.model, task.example_inputs)
-    database = LevelDatabase(graph, make_space(graph, ("width", "channels")), task, tmp_path / "db")
-    database.build()
-    costs, plan, examples = (
-        CostModel(graph, database.space, {}),
-        narrowed(database, 2),
-        task.inputs(task.calibration.take(3)),
-    )
+    plan, examples = narrowed(database, 2), task.inputs(task.calibration.take(3))
+    costs, paths = CostModel(graph, database.space, {}), {w: tmp_path / f"{w}.onnx" for w in (32, 24)}
     for each, width in ((database.space.dense, 32), (plan, 24)):
-        model, path = deploy(finish(database, each)), tmp_path / f"{width}.onnx"
-        export_onnx(model, examples, path, exporters=["legacy"])
-        predicted, found = costs.in_units(each), file_costs(path)
+        model = deploy(finish(database, each))
+        export_onnx(model, examples, paths[width])
+        predicted, found = costs.in_units(each), file_costs(paths[width])
         assert predicted["macs"] == found["macs"]
         assert predicted["params"] == pytest.approx(found["params"], abs=4)
-        close = parity(model, path, examples)
+        close = parity(model, paths[width], examples)
         assert max(close.on.relative, close.off.relative) <= close.tolerance
-        shapes_of = [tuple(t.dims) for t in optimized(path).graph.initializer if len(t.dims) == 2 and max(t.dims) <= 48]
-        assert sum(width in dims for dims in shapes_of) >= 14
-        assert width == 32 or not any(32 in dims and 24 not in dims for dims in shapes_of)
-    dense, small = (file_costs(tmp_path / f"{width}.onnx") for width in (32, 24))
+        _check_shapes(paths[width], width)
+    dense, small = file_costs(paths[32]), file_costs(paths[24])
     # What has the width on one side shrinks with it; attention's own products stay.
     attention = 2 * 2 * LENGTH * LENGTH * 32
     assert small["macs"] - attention == pytest.approx((dense["macs"] - attention) * 24 / 32, rel=1e-6)
-    assert small["size_mb"] < 0.85 * dense["size_mb"]
-    assert onnx.load(tmp_path / "24.onnx").graph.output[0].type.tensor_type.shape.dim[2].dim_value == 48
+    assert small["size_mb"] < 0.9 * dense["size_mb"] and paths[24].stat().st_size < 0.9 * paths[32].stat().st_size
+
+
+def _check_shapes(path: Path, width: int) -> None:
+    """Norms read, and each product with a weight reads or makes, so many channels."""
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
+    shapes_of = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.value_info}
+    assert [shapes_of[n.input[0]][-1] for n in graph.node if n.op_type == "Pow"] == [width] * 5
+    weights = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    products = [weights[n.input[1]] for n in graph.node if n.op_type in ("MatMul", "Gemm") and n.input[1] in weights]
+    assert len(products) == 14 and all(width in dims for dims in products)
+    assert [weights[n.input[0]] for n in graph.node if n.op_type == "Gather"] == [[48, width]]
+
+
+@pytest.mark.slow
+def test_a_run_over_widths_ends_in_a_verified_file(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten(monkeypatch, exporter="dynamo")
+    request = Request(
+        task=task.name,
+        budgets=("macs<=60%",),
+        methods=("width", "channels", "w8"),
+        evaluations=24,
+        recover_minutes=0.0,
+        threads=1,
+    )
+    result = compress(request, tmp_path / "out")
+    assert result.best is not None
+    certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert certificate["holds"] and check_model(tmp_path / "out" / "model.onnx", [], task=task.name) == []
