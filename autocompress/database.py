@@ -212,11 +212,12 @@ class LevelDatabase:
         return {name: part.gram.float().contiguous() for name, part in moments.items()}
 
     def _measure_energy(self) -> dict[str, Tensor]:
-        """Each channel's share of the squares that an RMSNorm across a group takes the mean of, where layers alone read it.
+        """Each channel's share of the squares that an RMSNorm across a group takes the mean of.
 
-        Name -> shares  # (channels,)
+        Of norms that none but refitted layers read: name -> shares  # (channels,)
         """
-        module, layers = self.graph.module, {layer.node for layer in self.graph.layers.values()}
+        module = self.graph.module
+        layers = {layer.node for layer in self.graph.layers.values() if self.gram(layer.name) is not None}
         names = [
             str(node.target)
             for node in module.graph.nodes

@@ -426,17 +426,24 @@ def rebuild(
                 parts[name] = narrow(name, np.flatnonzero(keep[graph.channelwise[name]]))
             else:
                 parts[name] = copy.deepcopy(old[name])
-    for name, owner in [(name, name.rpartition(".")[0]) for name in parts]:
-        if owner in graph.channelwise and owner in parts:  # tied: one weight, as in the original
+    for name in parts:
+        if (owner := tied_to(graph, name)) in parts:  # one weight, as in the original
             parts[name] = parts[owner].weight
     return fx.GraphModule(parts, new_graph).eval()
+
+
+def tied_to(graph: Graph, target: str) -> str:
+    """The embedding whose weight a ``get_attr`` node reads; nothing where it reads something else."""
+    owner, _, leaf = target.rpartition(".")
+    known = leaf == "weight" and owner in graph.channelwise
+    return owner if known and isinstance(graph.module.get_submodule(owner), nn.Embedding) else ""
 
 
 def constant(graph: Graph, target: str, keep: Keep) -> Tensor:
     """What a ``get_attr`` node reads; of an embedding's weight the columns that live."""
     found: Tensor = operator.attrgetter(target)(graph.module)
-    ids = graph.channelwise.get(target.rpartition(".")[0])
-    return found if ids is None or keep[ids].all() else sliced_columns(found, np.flatnonzero(keep[ids]))
+    alive = keep[graph.channelwise[owner]] if (owner := tied_to(graph, target)) else np.ones(0, dtype=bool)
+    return found if alive.all() else sliced_columns(found, np.flatnonzero(alive))
 
 
 def aliases(graph: Graph, dropped: Iterable[str]) -> dict[str, str]:

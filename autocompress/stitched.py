@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from autocompress.database import LevelDatabase
 from autocompress.deploy import deploy_layer
 from autocompress.fitness import images_last, weights_last
-from autocompress.graph import Keep, Layer, aliases, constant
+from autocompress.graph import Keep, Layer, aliases, constant, tied_to
 from autocompress.methods.quantization import ActivationQuant
 from autocompress.methods.ranges import RangeObserver
 from autocompress.prefix import INPUT, Activations, ByteCache, Digest, Program, choose_cuts, find_cuts
@@ -204,9 +204,11 @@ class _Walk:
         target = str(new.target)
         what: object = (new.op, target, node.name, new.args, new.kwargs)
         if new.op == "get_attr":
-            ids = self.owner.graph.channelwise.get(target.rpartition(".")[0])
-            tensor = self.form(constant(self.owner.graph, target, self.keep))
-            return self.program.add((what, None if ids is None else self.keep[ids].tobytes()), (), lambda: tensor)
+            graph = self.owner.graph
+            tensor, owner = self.form(constant(graph, target, self.keep)), tied_to(graph, target)
+            return self.program.add(
+                (what, self.keep[graph.channelwise[owner]].tobytes() if owner else None), (), lambda: tensor
+            )
         if new.op == "call_module":
             ids = self.owner.graph.channelwise.get(target)
             index = None if ids is None else np.flatnonzero(self.keep[ids])

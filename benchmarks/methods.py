@@ -63,9 +63,9 @@ def speedup(task: Task, dense: fx.GraphModule, model: fx.GraphModule) -> str:
     """How many times as fast the file of ``model`` is as that of ``dense``, on one thread, with its 95 % interval."""
     examples = task.inputs(task.calibration.take(2))
     with tempfile.TemporaryDirectory() as folder:
-        before, after = (
-            export_onnx(each, examples, Path(folder) / f"{i}.onnx").path for i, each in enumerate((dense, model))
-        )
+        before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
+        export_onnx(dense, examples, before)
+        export_onnx(model, examples, after)
         name = open_session(after).get_inputs()[0].name
         found = compare(after, before, inputs={name: examples[:1].numpy()}, seconds=SECONDS)
     low, high = (1 / ratio for ratio in reversed(found.ratio_interval))

@@ -194,6 +194,26 @@ def test_a_norm_that_takes_the_mean_keeps_the_width_with_its_reason(norm: type[n
         make_space(found, ("width",))
 
 
+class _ReadsItsNorm(nn.Module):
+    """A constant that belongs to a module with something a channel, and is no embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+        self.bn.bias.data = torch.arange(8.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.bn(self.conv(x)).mean((2, 3)) + self.bn.bias)
+
+
+def test_other_constants_stay_what_they_are() -> None:
+    torch.manual_seed(0)
+    model, x = _ReadsItsNorm().eval(), torch.randn(2, 3, 6, 6)
+    found = trace(model, x)
+    assert found.groups == () and found.refused["conv"] == "bn.bias is a constant of the model"
+    torch.testing.assert_close(rebuild(found, found.keep_all())(x), model(x))
+
+
 # ---------------------------------------------------------------- the site
 
 
@@ -293,6 +313,8 @@ def test_the_file_is_narrower_and_counted_right(
         close = parity(model, paths[width], examples)
         assert max(close.on.relative, close.off.relative) <= close.tolerance
         _check_shapes(paths[width], width)
+        run = [(k.kind, k.in_shape, k.out_shape) for k in costs.executed(each) if k.kind in ("norm", "embedding")]
+        assert run == [("embedding", (48, LENGTH), (width, LENGTH)), *[("norm", (width, LENGTH), (width, LENGTH))] * 5]
     dense, small = file_costs(paths[32]), file_costs(paths[24])
     # What has the width on one side shrinks with it; attention's own products stay.
     attention = 2 * 2 * LENGTH * LENGTH * 32
