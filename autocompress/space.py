@@ -104,7 +104,7 @@ def make_space(
         if not ({"width"} if group.carried else {"channels", "udfc"}) & set(families):
             continue
         levels = width_levels(len(group.classes), importance, _copies(graph, group), kind)
-        members = tuple(dict.fromkeys((*group.producers, *group.consumers)))
+        members = tuple(dict.fromkeys((*group.producers, *group.consumers, *group.carried)))
         macs, params = _totals(graph, group.producers)
         site = Site(f"channels:{group.name}", "channels", members, len(group.classes), (), macs, params)
         found.append((site, levels))

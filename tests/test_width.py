@@ -220,7 +220,7 @@ def test_other_constants_stay_what_they_are() -> None:
 def test_the_width_is_a_site_of_its_own_and_only_where_it_is_named(graph: Graph) -> None:
     assert SITE not in {site.name for site in make_space(graph, METHOD_FAMILIES).sites}
     space = make_space(graph, ("width",))
-    assert [site.name for site in space.sites] == [SITE] and len(space.sites[0].members) == 14
+    assert [site.name for site in space.sites] == [SITE] and len(space.sites[0].members) == 20
     assert [level.label for level in space.levels[0]][:3] == ["dense", "keep 28/32", "keep 24/32"]
     with pytest.raises(UsageError, match="'udfc' takes none"):
         make_space(graph, ("width", "udfc"))
