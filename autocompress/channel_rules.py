@@ -131,6 +131,26 @@ def _opaque(shape: tuple[int, ...], classes: Classes, reason: str) -> Value:
     return Value(shape, classes.fresh_pinned(shape[dim] if shape else 0, reason), dim)
 
 
+def _constant(
+    module: fx.GraphModule, target: str, shape: tuple[int, ...], classes: Classes, channelwise: dict[str, Ids]
+) -> Value:
+    """A constant's channels are pinned, but for the columns of an embedding's weight: a head that is tied to it reads them."""
+    owner, _, leaf = target.rpartition(".")
+    part = module.get_submodule(owner)
+    if leaf == "weight" and isinstance(part, nn.Embedding):
+        return Value(shape, _columns(owner, part, classes, channelwise), 1)
+    return _opaque(shape, classes, f"{target} is a constant of the model")
+
+
+def _columns(name: str, part: nn.Embedding, classes: Classes, channelwise: dict[str, Ids]) -> Ids:
+    """An embedding's columns, wherever it is read."""
+    if name not in channelwise:
+        channelwise[name] = classes.fresh(part.embedding_dim)
+        if part.max_norm is not None:
+            classes.pin(channelwise[name], f"{name} limits the norm of its rows")
+    return channelwise[name]
+
+
 def apply_rule(
     module: fx.GraphModule,
     node: fx.Node,
@@ -144,7 +164,7 @@ def apply_rule(
     if node.op == "placeholder":
         return _opaque(shape, classes, "they are the model's input")
     if node.op == "get_attr":
-        return _opaque(shape, classes, f"{node.target} is a constant of the model")
+        return _constant(module, str(node.target), shape, classes, channelwise)
     inputs = [values[n.name] for n in node.all_input_nodes if n.name in values]
     target = call_target(module, node)
     part = target if isinstance(target, nn.Module) else None
@@ -211,7 +231,7 @@ def _elementwise(call: Call) -> Value | None:
         axis = first.dim - (rank - len(other.shape))  # the channels' axis in the other, as broadcasting aligns it
         if other is first:
             continue
-        if axis >= 0 and other.dim == axis and len(other.ids) == len(first.ids) and len(other.shape) == rank:
+        if axis >= 0 and other.dim == axis and len(other.ids) == len(first.ids):
             call.classes.unite(first.ids, other.ids)
         elif axis < 0 or (other.shape[axis] == 1 and first.shape[first.dim] > 1):
             other.pin(call.classes, "they are spread over an axis that is not followed")
@@ -352,16 +372,38 @@ def _attention(call: Call) -> Value | None:
 
 
 def _across(call: Call) -> Value | None:
-    """A norm over its last axes: where the channels are among these, each depends on all of them."""
+    """A norm over its last axes: where the channels are among these, each depends on all of them.
+
+    An RMSNorm over what is left is the one over all with zeros but for two numbers (``slicing.py``). A mean that is
+    taken off has no such form: zeros would become what is taken off.
+    """
     source, axes = call.inputs[0], len(cast(Any, call.part).normalized_shape)
-    if source.dim >= len(source.shape) - axes:
-        source.pin(call.classes, f"{call.node.target} normalizes across them")
+    if source.dim < len(source.shape) - axes:
+        return call.like_input()
+    if isinstance(call.part, nn.RMSNorm) and axes == 1:
+        call.channelwise[str(call.node.target)] = source.ids
+    else:
+        what = "several axes" if isinstance(call.part, nn.RMSNorm) else "with their mean, as an RMSNorm does not"
+        source.pin(call.classes, f"{call.node.target} normalizes across them, {what}")
     return call.like_input()
 
 
 def _embedding(call: Call) -> Value | None:
+    ids = _columns(str(call.node.target), cast(nn.Embedding, call.part), call.classes, call.channelwise)
+    return Value(call.shape, ids, len(call.shape) - 1)
+
+
+def _tied_head(call: Call) -> Value | None:
+    """``F.linear(x, weight)`` with a constant as its weight reads the channels that the constant's columns are."""
+    weight = call.node.args[1] if len(call.node.args) == 2 else None
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr" or len(call.inputs) != 2:
+        return None
+    source, columns = call.inputs
+    if source.dim != len(source.shape) - 1 or source.heads or columns.dim != 1:
+        return None
+    call.classes.unite(source.ids, columns.ids)
     dim = len(call.shape) - 1
-    return Value(call.shape, call.classes.fresh_pinned(call.shape[dim], f"{call.node.target} stays whole"), dim)
+    return Value(call.shape, call.classes.fresh_pinned(call.shape[dim], f"{call.node.name} is a function call"), dim)
 
 
 def _pad(call: Call) -> Value | None:
@@ -492,6 +534,7 @@ _RULES: dict[Any, Callable[[Call], Value | None]] = {
     **dict.fromkeys((torch.transpose, "transpose", torch.permute, "permute"), _transpose),
     **dict.fromkeys((torch.repeat_interleave, "repeat_interleave"), _repeat),
     F.scaled_dot_product_attention: _attention,
+    F.linear: _tied_head,
     **dict.fromkeys((torch.chunk, "chunk", torch.split, "split"), _split),
     F.pad: _pad,
     operator.getitem: _getitem,

@@ -425,7 +425,7 @@ class CostModel:
         if not kernels:
             return np.zeros(len(STATIC), dtype=np.int64)
         heavy = [kernel for kernel in kernels if kernel.weights and not template.tied]
-        refitted = template.groups == 1 and row[2] < template.dense_inputs
+        refitted = template.op.layer is not None and template.groups == 1 and row[2] < template.dense_inputs
         light = sum(kernel.macs for kernel in kernels if not kernel.weights)  # products without weights: attention
         total = np.array([light, 0, 0 if heavy else NODE_BYTES, 0, 0], dtype=np.int64)
         steps = self.space.levels[template.layer_site][row[1]].steps if template.layer_site is not None else ()

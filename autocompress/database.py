@@ -35,7 +35,7 @@ from autocompress.gram import (
     unfold,
     unfolded_size,
 )
-from autocompress.graph import Graph, Group, Keep, Layer, aliases, make_layer, rebuild, slice_channelwise, slice_layer
+from autocompress.graph import Graph, Group, Keep, Layer, aliases, rebuild, slice_layer
 from autocompress.methods import (
     CalibratedInt8,
     ChannelPruning,
@@ -55,6 +55,7 @@ from autocompress.methods.quantization import Ranges
 from autocompress.methods.ranges import RangeObserver, freeze_ranges
 from autocompress.prefix import ByteCache
 from autocompress.results import Importance
+from autocompress.slicing import make_layer, slice_channelwise
 from autocompress.tasks import Task
 from autocompress.tasks.augment import images_first
 from autocompress.types import MethodConfig, Plan, SearchSpace, digest
@@ -98,6 +99,7 @@ class LevelDatabase:
         self._grams: dict[str, Tensor] = {}
         self._fisher: dict[str, Tensor] = {}
         self._orders: dict[str, npt.NDArray[np.int64]] = {}
+        self._energy: dict[str, Tensor] = {}
         self._cache: OrderedDict[tuple[object, ...], Weights] = OrderedDict()
         self._cache_bytes = 0
         self._contexts: ByteCache[tuple[object, ...], LayerContext] = ByteCache(CONTEXT_BYTES)
@@ -124,11 +126,19 @@ class LevelDatabase:
                 self._save(path, self._measure_grams(names))
             self._grams.update(self._load(path))
         self._checkpoint(progress, cancelled, len(chunks), total)
-        path = self.folder / f"orders_{self.importance}{'_data_free' * self.data_free}.safetensors"
-        if not path.exists():
-            orders = {name: torch.from_numpy(order) for name, order in self._measure_orders().items()}
-            self._save(path, orders or {"none": torch.zeros(0)})
-        self._orders = {name: order.numpy() for name, order in self._load(path).items()}
+        widths = [group for group in self.graph.groups if group.carried and f"channels:{group.name}" in self._site]
+        for kind, groups in (("orders", [g for g in self.graph.groups if not g.carried]), ("widths", widths)):
+            path = self.folder / f"{kind}_{self.importance}{'_data_free' * self.data_free}.safetensors"
+            if not path.exists() and (kind == "orders" or groups):
+                orders = {name: torch.from_numpy(order) for name, order in self._measure_orders(groups).items()}
+                self._save(path, orders or {"none": torch.zeros(0)})
+            if path.exists():
+                self._orders |= {name: order.numpy() for name, order in self._load(path).items()}
+        if widths:
+            path = self.folder / "energy.safetensors"
+            if not path.exists():
+                self._save(path, self._measure_energy() or {"none": torch.zeros(0)})
+            self._energy = self._load(path)
         if self.by_gradients:
             self._checkpoint(progress, cancelled, total - 1, total)
             path = self.folder / f"fisher_{FISHER_IMAGES}.safetensors"
@@ -201,9 +211,41 @@ class LevelDatabase:
                 handle.remove()
         return {name: part.gram.float().contiguous() for name, part in moments.items()}
 
-    def _measure_orders(self) -> dict[str, npt.NDArray[np.int64]]:
+    def _measure_energy(self) -> dict[str, Tensor]:
+        """Each channel's share of the squares that an RMSNorm across a group takes the mean of.
+
+        Of norms that none but refitted layers read: name -> shares  # (channels,)
+        """
+        module = self.graph.module
+        layers = {layer.node for layer in self.graph.layers.values() if self.gram(layer.name) is not None}
+        names = [
+            str(node.target)
+            for node in module.graph.nodes
+            if str(node.target) in self.graph.channelwise
+            and isinstance(module.get_submodule(str(node.target)), nn.RMSNorm)
+            and {user.name for user in node.users} <= layers
+        ]
+        shares = {name: torch.zeros(len(self.graph.channelwise[name]), dtype=torch.float64) for name in names}
+
+        def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def run(part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                squares = inputs[0].double().square().reshape(-1, inputs[0].shape[-1])
+                shares[name] += (squares / squares.sum(1, keepdim=True).clamp_min(1e-30)).sum(0)
+
+            return run
+
+        handles = [module.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+        try:
+            with torch.no_grad():
+                for inputs in self._batches(GRAM_IMAGES):
+                    module(inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: share / share.sum().clamp_min(1e-30) for name, share in shares.items()}
+
+    def _measure_orders(self, groups: Sequence[Group]) -> dict[str, npt.NDArray[np.int64]]:
         """Channel positions of each group, most important first."""
-        groups = self.graph.groups
         if self.importance == "obs":
             return {group.name: obs_order(self.graph, group, self.folded, self.gram) for group in groups}
         if self.importance in GRADIENT_SCORES:
@@ -307,9 +349,27 @@ class LevelDatabase:
         def make(layer: Layer, columns: npt.NDArray[np.intp], rows: npt.NDArray[np.intp]) -> dict[str, nn.Module]:
             return self.layer_modules(layer, columns, rows, self.layer_steps(plan, layer.name))
 
-        model = rebuild(self.graph, self.keep(plan), self.dropped(plan), make)
+        model = rebuild(self.graph, self.keep(plan), self.dropped(plan), make, self.narrow)
         self.place_quantizers(model, plan)
         return model
+
+    def narrow(self, name: str, index: npt.NDArray[np.intp]) -> nn.Module:
+        """A norm or an embedding at the kept channels.
+
+        An RMSNorm across them divides by less than before, on the mean by the root of the kept share of the squares. Layers are
+        refitted on inputs of the original's size, so a norm that they alone read is made that much smaller.
+        """
+        new = slice_channelwise(self.graph.module.get_submodule(name), index)
+        if isinstance(new, nn.RMSNorm) and len(index) < len(self.graph.channelwise[name]):
+            alive = torch.zeros(len(self.graph.channelwise[name]))
+            alive[torch.from_numpy(index)] = 1.0
+            new.weight.data *= self.remaining(name, alive)
+        return new
+
+    def remaining(self, name: str, alive: Tensor) -> Tensor:
+        """What outputs of a norm shrink to, see :meth:`narrow`, where so much of each channel lives.  # (channels,) -> ()"""
+        energy = self._energy.get(name)
+        return torch.ones(()) if energy is None else (energy.to(alive.dtype) @ alive).sqrt()
 
     def layer_modules(
         self, layer: Layer, columns: npt.NDArray[np.intp], rows: npt.NDArray[np.intp], steps: Sequence[MethodConfig]

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from autocompress.graph import FOLDS, make_layer
+from autocompress.graph import FOLDS
 from autocompress.methods.base import forms_of
 from autocompress.methods.quantization import ActivationQuant, quantizer_of
+from autocompress.slicing import make_layer
 
 
 def fold_norm(weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> tuple[Tensor, Tensor]:

@@ -9,12 +9,14 @@ convolutional networks", section 3.2). The batch norms get the statistics of the
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from autocompress.database import RANGE_IMAGES, LevelDatabase
 from autocompress.deploy import fold_norm, set_submodule
@@ -107,6 +109,7 @@ class _Refit:
             if node.name in self.layers:
                 self._refit_layer(node, self.layers[node.name])
             self.env[node] = self._outputs(node)
+            self._scale_for_tied_heads(node)
             if self._reads_a_change(node):
                 self.changed.add(node)
             for done in last_use.get(node, ()):
@@ -154,6 +157,32 @@ class _Refit:
         for name, part in made.items():
             self._install(name, part, layer)
         self._calibrate_inside(layer, source)
+
+    def _scale_for_tied_heads(self, node: fx.Node) -> None:
+        """Give a narrowed norm that a tied head reads the size that reproduces the original's logits best.
+
+        The head's weight is the embedding's and cannot be refitted. One factor by least squares; logits without their mean
+        over the vocabulary, which no probability depends on. A factor a channel is better on the calibration inputs and worse
+        on others.
+        """
+        ids = self.database.graph.channelwise.get(str(node.target))
+        heads = [user for user in node.users if user.op == "call_function" and user.target is F.linear]
+        if ids is None or not heads or bool((self.keep == self.wide)[ids].all()):
+            return
+        norm: Any = self.model.get_submodule(str(node.target))
+        if not isinstance(norm, nn.RMSNorm):
+            return
+        target = operator.attrgetter(str(heads[0].all_input_nodes[1].target))
+        mine, theirs = (w - w.mean(0) for w in (target(self.model).detach(), target(self.dense.module).detach()))
+        own, cross = mine.T @ mine, mine.T @ theirs  # (k, k), (k, n)
+        up = down = 0.0
+        for i, x in enumerate(self.env[node]):
+            z = self.dense.value(node.name, i)
+            up += float(((x @ cross) * z).sum())
+            down += float(((x @ own) * x).sum())
+        if up > 0 and down > 0:
+            norm.weight.data *= up / down
+            self.env[node] = [x * (up / down) for x in self.env[node]]
 
     def _fit(self, rows: _Rows, biased: bool) -> tuple[Moments, Tensor]:
         """Least squares up to the ReLU behind; the bias stands last, 0 unless ``biased``.  # moments, (out, in * area + 1)"""

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from autocompress.blocks import Block, find_blocks
 from autocompress.channel_rules import AXIS, Classes, Value, apply_rule
 from autocompress.errors import UnsupportedModel
 from autocompress.op_kinds import call_target, is_relu, op_kind, op_window
+from autocompress.slicing import is_channelwise, make_layer, slice_channelwise, sliced_columns
 from autocompress.tracing import Shapes, check_faithful, normalized
 
 Keep = npt.NDArray[np.bool_]
@@ -37,6 +38,8 @@ FOLDS = "folds"
 """Key in ``fx.Node.meta`` of the batch norms that belong to the layer before them (``Layer.norm``)."""
 
 IS_OUTPUT = "it is the model's output"
+HIDDEN = "hidden_width"
+"""Name of the group of channels that an embedding writes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +70,16 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Channels with one decision: ``classes`` in the order of the first producer's outputs."""
+    """Channels with one decision: ``classes`` in the order of the first producer's outputs.
+
+    ``carried``: RMSNorms that run across them and embeddings of which they are columns. A group that has any is a hidden width.
+    """
 
     name: str
     classes: npt.NDArray[np.int64]
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
+    carried: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +131,8 @@ def trace(model: nn.Module, example: Tensor, *, proofs: bool = True) -> Graph:
     values, classes, channelwise = _propagate(module, example)
     layers = _find_layers(module, values, classes)
     groups, refused = _find_groups(layers, classes)
-    refused |= _left_alone(module, layers)
+    groups = _with_carried(module, groups, channelwise, classes)
+    refused |= _left_alone(module, layers, {name for group in groups for name in group.carried})
     graph = Graph(
         module=module,
         values={name: value.resolved(classes) for name, value in values.items()},
@@ -208,8 +216,8 @@ def _find_layers(module: fx.GraphModule, values: Mapping[str, Value], classes: C
     return layers
 
 
-def _left_alone(module: fx.GraphModule, layers: Mapping[str, Layer]) -> dict[str, str]:
-    """What has weights and no site: nothing is skipped without a word."""
+def _left_alone(module: fx.GraphModule, layers: Mapping[str, Layer], carried: Container[str]) -> dict[str, str]:
+    """What has weights and no site of its own: nothing is skipped without a word."""
     found = {}
     uses = _module_uses(module)
     for node in module.graph.nodes:
@@ -219,7 +227,8 @@ def _left_alone(module: fx.GraphModule, layers: Mapping[str, Layer]) -> dict[str
                 shared = "it is used in more than one place" if uses[str(node.target)] > 1 else ""
                 kind = type(part).__name__
                 article = "an" if kind[0] in "AEIO" else "a"
-                found[str(node.target)] = shared or f"{article} {kind} stays as it is"
+                if str(node.target) not in carried:
+                    found[str(node.target)] = shared or f"{article} {kind} stays as it is"
         elif node.op == "call_function" and node.target in (F.conv2d, F.linear):
             owner = _owner_of_weight(node, {str(n.target) for n in module.graph.nodes if n.op == "call_module"})
             function = "it is a function call, and only modules are compressed"
@@ -295,6 +304,26 @@ def _find_groups(layers: Mapping[str, Layer], classes: Classes) -> tuple[tuple[G
     return tuple(groups), refused
 
 
+def _with_carried(
+    module: fx.GraphModule, groups: Sequence[Group], channelwise: Mapping[str, npt.NDArray[np.int64]], classes: Classes
+) -> tuple[Group, ...]:
+    """The groups with the norms across them and their embeddings; see :class:`Group`. Those of embeddings are named for what
+    they are, and not after one of many layers that write them."""
+    across = {
+        name: classes.roots(ids)
+        for name, ids in channelwise.items()
+        if isinstance(module.get_submodule(name), nn.RMSNorm | nn.Embedding)
+    }
+    found: list[Group] = []
+    for group in groups:
+        carried = tuple(name for name, ids in across.items() if np.isin(ids, group.classes).any())
+        named = sum(other.name.startswith(HIDDEN) for other in found)
+        if any(isinstance(module.get_submodule(name), nn.Embedding) for name in carried):
+            group = replace(group, name=f"{HIDDEN}#{named + 1}" if named else HIDDEN)
+        found.append(replace(group, carried=carried))
+    return tuple(found)
+
+
 def _copies(layers: Mapping[str, Layer], classes: Classes) -> dict[int, tuple[int, ...]]:
     """How often each class stands at each layer that has it, in order."""
     found: dict[int, list[int]] = {}
@@ -364,12 +393,23 @@ MakeLayer = Callable[[Layer, npt.NDArray[np.intp], npt.NDArray[np.intp]], Mappin
 """``(layer, kept inputs, kept outputs) -> modules by name``: the layer's replacement and, if it changes, its norm's."""
 
 
-def rebuild(graph: Graph, keep: Keep, dropped: Iterable[str] = (), make: MakeLayer | None = None) -> fx.GraphModule:
+NarrowPart = Callable[[str, npt.NDArray[np.intp]], nn.Module]
+"""``(name, kept channels) -> module``: what is no layer and has something a channel."""
+
+
+def rebuild(
+    graph: Graph,
+    keep: Keep,
+    dropped: Iterable[str] = (),
+    make: MakeLayer | None = None,
+    narrow: NarrowPart | None = None,
+) -> fx.GraphModule:
     """A new model without the removed channels and dropped blocks; the graph's own weights stay untouched.
 
-    ``make`` gives the modules of each layer; by default the dense weights, sliced.
+    ``make`` gives the modules of each layer, ``narrow`` those of norms and embeddings; by default the dense weights, sliced.
     """
     make = make or (lambda layer, rows, columns: slice_layer(graph, layer, rows, columns))
+    narrow = narrow or (lambda name, index: slice_channelwise(old[name], index))
     new_graph = _without_blocks(graph, set(dropped))
     _fix_constants(graph, new_graph, keep)
     old = dict(graph.module.named_modules(remove_duplicate=False))
@@ -377,16 +417,33 @@ def rebuild(graph: Graph, keep: Keep, dropped: Iterable[str] = (), make: MakeLay
     for node in new_graph.nodes:
         name = str(node.target)
         if node.op == "get_attr":
-            parts[name] = operator.attrgetter(name)(graph.module)
+            parts[name] = constant(graph, name, keep)
         elif node.op == "call_module" and name not in parts:
             if name in graph.layers:
                 layer = graph.layers[name]
                 parts.update(make(layer, layer.kept_inputs(keep), layer.kept_outputs(keep)))
             elif name in graph.channelwise:
-                parts[name] = slice_channelwise(old[name], np.flatnonzero(keep[graph.channelwise[name]]))
+                parts[name] = narrow(name, np.flatnonzero(keep[graph.channelwise[name]]))
             else:
                 parts[name] = copy.deepcopy(old[name])
+    for name in parts:
+        if (owner := tied_to(graph, name)) in parts:  # one weight, as in the original
+            parts[name] = parts[owner].weight
     return fx.GraphModule(parts, new_graph).eval()
+
+
+def tied_to(graph: Graph, target: str) -> str:
+    """The embedding whose weight a ``get_attr`` node reads; nothing where it reads something else."""
+    owner, _, leaf = target.rpartition(".")
+    known = leaf == "weight" and owner in graph.channelwise
+    return owner if known and isinstance(graph.module.get_submodule(owner), nn.Embedding) else ""
+
+
+def constant(graph: Graph, target: str, keep: Keep) -> Tensor:
+    """What a ``get_attr`` node reads; of an embedding's weight the columns that live."""
+    found: Tensor = operator.attrgetter(target)(graph.module)
+    alive = keep[graph.channelwise[owner]] if (owner := tied_to(graph, target)) else np.ones(0, dtype=bool)
+    return found if alive.all() else sliced_columns(found, np.flatnonzero(alive))
 
 
 def aliases(graph: Graph, dropped: Iterable[str]) -> dict[str, str]:
@@ -447,71 +504,10 @@ def slice_layer(
     weight = old.weight.detach()[rows]
     if not layer.depthwise:
         weight = weight[:, torch.from_numpy(inputs)]
-    elif isinstance(old, nn.Conv2d) and not _is_channelwise(old):
+    elif isinstance(old, nn.Conv2d) and not is_channelwise(old):
         weight = old.weight.detach()
     bias = None if old.bias is None else old.bias.detach()[rows]
     return {layer.name: make_layer(old, weight, bias)}
-
-
-def _is_channelwise(conv: nn.Conv2d) -> bool:
-    return conv.groups == conv.in_channels
-
-
-class _Conv2d(nn.Conv2d):
-    """Without the random weights that a new one draws, for nothing here."""
-
-    def reset_parameters(self) -> None: ...
-
-
-class _Linear(nn.Linear):
-    """As :class:`_Conv2d`."""
-
-    def reset_parameters(self) -> None: ...
-
-
-def make_layer(like: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A Conv2d or Linear with these weights and the geometry of ``like``."""
-    new: nn.Conv2d | nn.Linear
-    if isinstance(like, nn.Conv2d):
-        groups = 1
-        if like.groups > 1:
-            groups = weight.shape[0] * like.in_channels // like.out_channels if _is_channelwise(like) else like.groups
-        new = _Conv2d(
-            weight.shape[1] * groups,
-            weight.shape[0],
-            (int(weight.shape[2]), int(weight.shape[3])),
-            like.stride,  # type: ignore[arg-type]
-            like.padding,  # type: ignore[arg-type]
-            like.dilation,  # type: ignore[arg-type]
-            groups,
-            bias is not None,
-            like.padding_mode,
-            device="meta",
-        )
-        new.__class__ = nn.Conv2d  # type: ignore[assignment]
-    else:
-        new = _Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-        new.__class__ = nn.Linear  # type: ignore[assignment]
-    new.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format), requires_grad=False)
-    if bias is not None:
-        new.bias = nn.Parameter(bias.clone(), requires_grad=False)
-    return new
-
-
-def slice_channelwise(old: nn.Module, index: npt.NDArray[np.intp]) -> nn.Module:
-    """Batch norm or PReLU with the kept channels only."""
-    new = copy.deepcopy(old)
-    kept = torch.from_numpy(index)
-    for name, tensor in [*old.named_parameters(recurse=False), *old.named_buffers(recurse=False)]:
-        if (tensor.ndim == 1 and tensor.shape[0] > 1) or (tensor.ndim == 1 and len(index) == 1):
-            sliced = tensor.detach()[kept].clone()
-            if isinstance(tensor, nn.Parameter):
-                setattr(new, name, nn.Parameter(sliced, requires_grad=False))
-            else:
-                setattr(new, name, sliced)
-    if isinstance(new, nn.BatchNorm1d | nn.BatchNorm2d):
-        new.num_features = len(index)
-    return new
 
 
 # ---------------------------------------------------------------- proof
@@ -523,7 +519,8 @@ def prove(graph: Graph, group: Group, example: Tensor, seed: int = 0) -> float:
     """Largest difference between the physically pruned and the masked model, relative to the output's size.
 
     About half of the group's channels are removed at random, not contiguous. Masked means: the dense model whose
-    consumers' weights are zero at the removed input channels.
+    consumers' weights are zero at the removed input channels. A hidden width is masked where it is written, in the rows of its
+    producers and the columns of its embeddings, as the norms across it read it, too.
     """
     rng = np.random.default_rng(seed)
     width = len(group.classes)
@@ -538,10 +535,21 @@ def prove(graph: Graph, group: Group, example: Tensor, seed: int = 0) -> float:
         if not layer.depthwise:
             gone = torch.from_numpy(np.flatnonzero(~keep[layer.inputs]))
             made[layer.name].weight.data[:, gone] = 0  # type: ignore[operator]
+        if group.carried:
+            written: Any = made[layer.name]
+            for part in (written.weight, written.bias):
+                if part is not None:
+                    part.data[torch.from_numpy(np.flatnonzero(~keep[layer.outputs]))] = 0
         return made
 
+    def emptied(name: str, index: npt.NDArray[np.intp]) -> nn.Module:
+        made: Any = slice_channelwise(graph.module.get_submodule(name), index)
+        if isinstance(made, nn.Embedding):
+            made.weight.data[:, torch.from_numpy(np.flatnonzero(~keep[graph.channelwise[name]]))] = 0
+        return made  # type: ignore[no-any-return]
+
     with torch.no_grad():
-        want = rebuild(graph, graph.keep_all(), make=masked)(example)
+        want = rebuild(graph, graph.keep_all(), make=masked, narrow=emptied)(example)
         got = rebuild(graph, keep)(example)
     if got.shape != want.shape or not bool(torch.isfinite(got).all()):
         return float("inf")

@@ -175,9 +175,12 @@ def notes_of_profiles(profiles: Mapping[str, HardwareProfile], kernels: Sequence
 
 
 def _unpruned(graph: Graph, request: Request) -> tuple[str, ...]:
-    if not {"channels", "udfc"} & set(request.methods):
+    if not {"channels", "udfc", "width"} & set(request.methods):
         return ()
     refused = {name: why for name, why in graph.refused.items() if why != IS_OUTPUT}  # that one goes without saying
+    if "width" not in request.methods:
+        whole = "they are a hidden width, which is narrowed where --methods names 'width'"
+        refused |= {name: whole for group in graph.groups for name in group.producers if group.carried}
     alike: dict[str, list[str]] = {}
     for name, why in refused.items():
         alike.setdefault(why, []).append(name)

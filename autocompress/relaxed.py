@@ -3,7 +3,8 @@
 A plan's channels are gone where the layers that read them have zero columns, so every level is a change of one layer's
 effective weight (refitted, factorized, rounded, in the dense layer's shape) or the factor of a residual branch. With ``c`` the
 most likely plan, a layer's weight is ``W(c) + sum over options o of p_o (W(c with o) - W(c))``: a channel group mixes the refits
-of each layer that reads it, a layer site its formats, a block keeps ``1 - p(drop)`` of its branch. At probabilities of 0 and 1
+of each layer that reads it, a layer site its formats, a block keeps ``1 - p(drop)`` of its branch; a norm across a hidden width
+reads each channel times the probability that it lives. At probabilities of 0 and 1
 that is the plan itself. The idea is DiffRate's (Chen et al. 2023), where what is mixed are counts of tokens.
 
 Where it is an approximation: low-rank factors are those for the outputs that the most likely plan keeps, activations are
@@ -61,6 +62,8 @@ class Relaxed:
             for block in self.graph.blocks
             if f"block:{block.name}" in site
         }
+        norms = [n for n in self.graph.channelwise if isinstance(self.graph.module.get_submodule(n), nn.RMSNorm)]
+        self.across = {name: sites for name in norms if (sites := [i for i, g in groups if name in g.carried])}
         self.keeps = {(i, v): self._one(i, v) for i, _ in groups for v in range(self.space.n_levels[i])}
         self.rounding = self._rounding()
         self._grids: dict[str, ActivationQuant] | None = None
@@ -78,10 +81,13 @@ class Relaxed:
         weights = {name: self._mixed(layer, plan, probabilities) for name, layer in self.graph.layers.items()}
         gates = {add: torch.tensor(1 - probabilities[drop]).float() for add, (_, drop) in self.drops.items()}
         shares = {node: torch.tensor(self._share(node, probabilities)).float() for node in self.rounding}
-        leaves = [*itertools.chain.from_iterable(weights.values()), *gates.values(), *shares.values()]
+        alive = {name: torch.tensor(self._alive(name, probabilities)).float() for name in self.across}
+        leaves = [
+            *itertools.chain.from_iterable(weights.values()), *gates.values(), *shares.values(), *alive.values()
+        ]  # fmt: skip
         for leaf in leaves:
             leaf.requires_grad_(True)
-        walk, total = _Walk(self, weights, gates, shares, self.grids()), 0.0
+        walk, total = _Walk(self, weights, gates, shares, self.grids(), alive), 0.0
         for inputs, loss_of in batches:
             loss = loss_of(walk.run(images_first(inputs)))
             torch.autograd.backward(loss, inputs=leaves)
@@ -91,6 +97,9 @@ class Relaxed:
             self._collect(self.graph.layers[name], plan, weight.grad, bias.grad, gradient)
         for add, (_, drop) in self.drops.items():
             gradient[drop] -= _number(gates[add].grad)
+        for name, values in alive.items():
+            for option, removed in self._removing(name):
+                gradient[option] -= 0.0 if values.grad is None else float(values.grad.double().numpy() @ removed)
         for node in self.rounding:
             slope = _number(shares[node].grad)
             for options in self.rounding[node]:
@@ -174,6 +183,21 @@ class Relaxed:
         made = weight.detach().contiguous(), bias.detach()
         return self._made.put(key, made, sum(t.nbytes for t in made))
 
+    # ------------------------------------------------------------ norms across hidden widths
+
+    def _removing(self, norm: str) -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:
+        """Options that take channels from a norm, and which.  # (channels,)"""
+        for site in self.across[norm]:
+            for level in range(1, self.space.n_levels[site]):
+                yield self.offsets[site] + level, ~self.keeps[site, level][self.graph.channelwise[norm]]
+
+    def _alive(self, norm: str, probabilities: FloatArray) -> FloatArray:
+        """Probability that each channel of a norm lives.  # (channels,)"""
+        alive = np.ones(len(self.graph.channelwise[norm]))
+        for option, removed in self._removing(norm):
+            alive -= probabilities[option] * removed
+        return alive
+
     # ------------------------------------------------------------ rounded activations
 
     def _rounding(self) -> dict[str, list[npt.NDArray[np.int64]]]:
@@ -218,8 +242,10 @@ class _Walk(fx.Interpreter):
         gates: Mapping[str, Tensor],
         shares: Mapping[str, Tensor],
         grids: Mapping[str, ActivationQuant],
+        alive: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(owner.graph.module)
+        self.alive, self.database = alive or {}, owner.database
         self.weights, self.gates, self.shares, self.grids = weights, gates, shares, grids
         self.norms = {layer.norm for layer in owner.graph.layers.values() if layer.norm}
         self.skips = {add: skip for add, (skip, _) in owner.drops.items()}
@@ -243,6 +269,10 @@ class _Walk(fx.Interpreter):
             return layer._conv_forward(x, weight, bias) if isinstance(layer, nn.Conv2d) else F.linear(x, weight, bias)
         if node.op == "call_module" and target in self.norms:
             return self.env[node.all_input_nodes[0]]
+        if node.op == "call_module" and target in self.alive:
+            alive = self.alive[target]
+            normed: Tensor = self.fetch_attr(target)(self.env[node.all_input_nodes[0]] * alive)
+            return normed * self.database.remaining(target, alive)
         if node.name in self.gates:
             skip, branch = node.all_input_nodes
             if skip.name != self.skips[node.name]:

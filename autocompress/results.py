@@ -18,6 +18,7 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 METHOD_FAMILIES = ("channels", "blocks", "lowrank", "int8", "w8", "w4")
 """The families a search uses unless ``--methods`` says otherwise."""
 RESEARCH_FAMILIES = (
+    "width",
     "udfc",
     "lord",
     "cur",

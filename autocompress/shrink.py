@@ -25,10 +25,11 @@ from torch import fx, nn
 from autocompress.database import LevelDatabase
 from autocompress.deploy import fold_norm, set_submodule
 from autocompress.finish import carry_over
-from autocompress.graph import Layer, rebuild, slice_channelwise
+from autocompress.graph import Layer, rebuild, tied_to
 from autocompress.methods import Factored
 from autocompress.methods.factored import composed
 from autocompress.search.tables import switch
+from autocompress.slicing import slice_channelwise
 from autocompress.types import MethodConfig, Plan
 
 Index = npt.NDArray[np.intp]
@@ -118,7 +119,8 @@ def narrowed(
         name = str(node.target)
         if node.op == "get_attr":
             owner, _, leaf = name.rpartition(".")
-            setattr(new.get_submodule(owner), leaf, copy.deepcopy(getattr(model.get_submodule(owner), leaf)))
+            if not tied_to(graph, name):  # a tied weight comes with its embedding
+                setattr(new.get_submodule(owner), leaf, copy.deepcopy(getattr(model.get_submodule(owner), leaf)))
         elif node.op == "call_module" and name not in made:
             ids = graph.channelwise.get(name)
             index = None if ids is None else _within(np.flatnonzero(wide[ids]), np.flatnonzero(keep[ids]))

@@ -97,14 +97,17 @@ def make_space(
     found: list[tuple[Site, tuple[Level, ...]]] = []
     if "udfc" in families and "channels" in families:
         raise UsageError("Channels are pruned with data ('channels') or without ('udfc'); name one of the two.")
-    if "channels" in families or "udfc" in families:
-        kind: type[ChannelPruning] = UDFC if "udfc" in families else ChannelPruning
-        for group in graph.groups:
-            levels = width_levels(len(group.classes), importance, _copies(graph, group), kind)
-            members = tuple(dict.fromkeys((*group.producers, *group.consumers)))
-            macs, params = _totals(graph, group.producers)
-            site = Site(f"channels:{group.name}", "channels", members, len(group.classes), (), macs, params)
-            found.append((site, levels))
+    if "udfc" in families and "width" in families:
+        raise UsageError("The hidden width ('width') is pruned with data, and 'udfc' takes none; name one of the two.")
+    kind: type[ChannelPruning] = UDFC if "udfc" in families else ChannelPruning
+    for group in graph.groups:
+        if not ({"width"} if group.carried else {"channels", "udfc"}) & set(families):
+            continue
+        levels = width_levels(len(group.classes), importance, _copies(graph, group), kind)
+        members = tuple(dict.fromkeys((*group.producers, *group.consumers, *group.carried)))
+        macs, params = _totals(graph, group.producers)
+        site = Site(f"channels:{group.name}", "channels", members, len(group.classes), (), macs, params)
+        found.append((site, levels))
     if "blocks" in families:
         for block in graph.blocks:
             members = tuple(layer.name for layer in graph.layers.values() if layer.node in block.body)

@@ -9,7 +9,6 @@ bit.
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -20,7 +19,7 @@ from torch import Tensor, fx, nn
 from autocompress.database import LevelDatabase
 from autocompress.deploy import deploy_layer
 from autocompress.fitness import images_last, weights_last
-from autocompress.graph import Keep, Layer, aliases, slice_channelwise
+from autocompress.graph import Keep, Layer, aliases, constant, tied_to
 from autocompress.methods.quantization import ActivationQuant
 from autocompress.methods.ranges import RangeObserver
 from autocompress.prefix import INPUT, Activations, ByteCache, Digest, Program, choose_cuts, find_cuts
@@ -205,8 +204,11 @@ class _Walk:
         target = str(new.target)
         what: object = (new.op, target, node.name, new.args, new.kwargs)
         if new.op == "get_attr":
-            tensor = self.form(operator.attrgetter(target)(self.owner.graph.module))
-            return self.program.add(what, (), lambda: tensor)
+            graph = self.owner.graph
+            tensor, owner = self.form(constant(graph, target, self.keep)), tied_to(graph, target)
+            return self.program.add(
+                (what, self.keep[graph.channelwise[owner]].tobytes() if owner else None), (), lambda: tensor
+            )
         if new.op == "call_module":
             ids = self.owner.graph.channelwise.get(target)
             index = None if ids is None else np.flatnonzero(self.keep[ids])
@@ -217,11 +219,11 @@ class _Walk:
         return self.step(node, what, cast(Callable[..., Any], new.target), new.args, new.kwargs)
 
     def _module(self, target: str, index: Any) -> nn.Module:
-        dense = self.owner.dense[target]
+        dense, narrow = self.owner.dense[target], self.owner.database.narrow
         key = (type(self).__name__, target, None if index is None else index.tobytes())
 
         def make() -> Mapping[str, nn.Module]:
-            return {target: self.form(copy.deepcopy(dense) if index is None else slice_channelwise(dense, index))}
+            return {target: self.form(copy.deepcopy(dense) if index is None else narrow(target, index))}
 
         return self.owner.kept(key, make)[target]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from autocompress.errors import UnsupportedModel
 def normalized(model: nn.Module) -> fx.GraphModule:
     """A traced copy in eval mode without in-place operations (they would change values that others still read)."""
     try:
-        module = fx.symbolic_trace(copy.deepcopy(model).eval())
+        module = fx.symbolic_trace(_with_plain_norms(copy.deepcopy(model).eval()))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModel(
@@ -39,6 +40,35 @@ def normalized(model: nn.Module) -> fx.GraphModule:
         parameter.requires_grad_(False)
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)  # see tasks.augment.images_first
     return module
+
+
+def _with_plain_norms(model: nn.Module) -> nn.Module:
+    """``model``, which is changed, with torch's own RMSNorm in the place of others' (``LlamaRMSNorm`` of Hugging Face) wherever
+    both compute the same: written out, a norm is many operations that no rule follows."""
+    plain: dict[nn.Module, nn.RMSNorm] = {}
+    for name, part in list(model.named_modules(remove_duplicate=False)):
+        if name and type(part).__name__.endswith("RMSNorm") and not isinstance(part, nn.RMSNorm):
+            if part not in plain and (found := _plain_norm(part)) is not None:
+                plain[part] = found
+            if part in plain:
+                model.set_submodule(name, plain[part])
+    return model
+
+
+def _plain_norm(part: nn.Module) -> nn.RMSNorm | None:
+    """An RMSNorm with the weight and the epsilon of ``part`` if it answers as that does; else ``None``."""
+    weight, eps = getattr(part, "weight", None), getattr(part, "variance_epsilon", getattr(part, "eps", None))
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or not isinstance(eps, float) or len([*part.buffers()]):
+        return None
+    found = nn.RMSNorm(len(weight), eps, device="meta").eval()
+    found.weight = weight
+    generator = torch.Generator(weight.device).manual_seed(0)
+    x = torch.randn(2, 4, len(weight), generator=generator, device=weight.device)
+    x = torch.cat([x, x * eps**0.5])  # small enough to see epsilon
+    with torch.no_grad(), suppress(TypeError, ValueError, RuntimeError):
+        if torch.allclose(part(x), found(x), rtol=1e-5, atol=1e-6):
+            return found
+    return None
 
 
 def check_faithful(model: nn.Module, module: fx.GraphModule, example: Tensor) -> None:

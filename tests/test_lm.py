@@ -201,7 +201,7 @@ def test_every_group_is_exact(tmp_path: Path, kv_heads: int, tied: bool) -> None
     )
     ids = torch.arange(2 * LENGTH).reshape(2, LENGTH) % 48
     found = trace(loaded, ids, proofs=False)
-    assert len(found.groups) == 4
+    assert len(found.groups) == 5
     for group in found.groups:
         assert prove(found, group, ids, seed=3) < 1e-4
     assert ("lm_head" in found.layers) == (not tied)

@@ -98,6 +98,8 @@ class _Surgeon:
         h = gram.double()
         self.weight = torch.cat([weight.flatten(1), bias[:, None]], dim=1).double()
         self.energy = float(((self.weight @ h) * self.weight).sum().clamp_min(1e-12))
+        if len(self.weight) > len(h):  # costs depend on W^T W alone, and so a smaller root of it serves
+            self.weight = torch.linalg.qr(self.weight, mode="r").R
         damp = ridge * h.diagonal()[:-1].mean().clamp_min(1e-12)
         self.inverse = torch.linalg.inv(h + damp * torch.eye(len(h), dtype=h.dtype))
         found = np.flatnonzero(position >= 0)
