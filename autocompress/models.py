@@ -18,6 +18,7 @@ from autocompress.files import make_folder, write_bytes
 from autocompress.finish import finish
 from autocompress.methods.quantization import ActivationQuant
 from autocompress.pairing import pair
+from autocompress.reorder import reordered
 from autocompress.recover import Recovery, recover
 from autocompress.types import Fidelity, Plan, digest
 
@@ -46,8 +47,8 @@ class Models:
         self.reference, self.cancelled, self.on_step = reference, cancelled, on_step
 
     def deployed(self, plan: Plan, fidelity: Fidelity) -> fx.GraphModule:
-        """Batch norm folded, weights rounded: what is judged and exported."""
-        return deploy(self.live(plan, fidelity))
+        """Batch norm folded, weights rounded, channels in the order that is exported: what is judged and handed out."""
+        return reordered(self.database, plan, deploy(self.live(plan, fidelity)))
 
     def live(self, plan: Plan, fidelity: Fidelity) -> fx.GraphModule:
         """The trainable model of a plan at a rung."""

@@ -19,6 +19,7 @@ METHOD_FAMILIES = ("channels", "blocks", "lowrank", "int8", "w8", "w4")
 """The families a search uses unless ``--methods`` says otherwise."""
 RESEARCH_FAMILIES = (
     "udfc",
+    "inputs",
     "lord",
     "cur",
     "tucker",
