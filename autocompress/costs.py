@@ -73,10 +73,11 @@ class Packing:
 class _Template:
     """One operator with everything its cost depends on: ``sites``, through ``features``.
 
-    ``features``: whether it runs, the level of its layer (and, times ``layer_levels``, that of its inputs), the width of each tensor it reads and of the one it writes, and
-    whether an int8 level quantizes each of these tensors. ``groups``: of a convolution as it is; 0 for one filter a channel,
-    however many there are. ``bias``: the dense layer has one, its own or its norm's. ``dense_inputs``: channels it reads when
-    nothing is pruned. ``vocabulary``: rows of an embedding's table; ``tied``: another operator counts them.
+    ``features``: whether it runs, the level of its layer (and, times ``layer_levels``, that of the layer's inputs), the width of
+    each tensor it reads and of the one it writes, and whether an int8 level quantizes each of these tensors. ``groups``: of a
+    convolution as it is; 0 for one filter a channel, however many there are. ``bias``: the dense layer has one, its own or its
+    norm's. ``dense_inputs``: channels it reads when nothing is pruned. ``vocabulary``: rows of an embedding's table; ``tied``:
+    another operator counts them.
     """
 
     op: Op
@@ -299,7 +300,9 @@ class CostModel:
         groups, bias = self._form(op)
         dense = len(self.graph.values[op.inputs[0]].ids) if op.inputs else 0
         vocabulary, tied = self._table(op) if op.kind == "embedding" else (0, False)
-        return _Template(op, features, layer_site, inputs_site, layer_levels, sites, groups, bias, dense, vocabulary, tied)
+        return _Template(
+            op, features, layer_site, inputs_site, layer_levels, sites, groups, bias, dense, vocabulary, tied
+        )
 
     def _alike(self) -> list[int]:
         """For each operator the first that costs the same at the same features: blocks repeat. All that :meth:`_rows` reads

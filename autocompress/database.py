@@ -50,8 +50,8 @@ from autocompress.methods import (
 from autocompress.methods.datafree import UDFC, compensated, moments_of
 from autocompress.methods.expected import Expected, expected_values
 from autocompress.methods.fisher import block_moments, damped
-from autocompress.methods.inputs import Select, chosen, place, readers
 from autocompress.methods.importance import GRADIENT_SCORES, WEIGHT_SCORES, random_importance
+from autocompress.methods.inputs import Select, chosen, place, readers
 from autocompress.methods.pruning import obs_order
 from autocompress.methods.quantization import Ranges
 from autocompress.methods.ranges import RangeObserver, freeze_ranges

@@ -18,8 +18,8 @@ from autocompress.files import make_folder, write_bytes
 from autocompress.finish import finish
 from autocompress.methods.quantization import ActivationQuant
 from autocompress.pairing import pair
-from autocompress.reorder import reordered
 from autocompress.recover import Recovery, recover
+from autocompress.reorder import reordered
 from autocompress.types import Fidelity, Plan, digest
 
 RANGE, STEPS = ".range", "recovery.steps"

@@ -154,9 +154,7 @@ class Relaxed:
             other = self._affine(layer, keep, reads, steps)
             gradient[option] += float(((other[0] - base[0]) * weight).sum() + ((other[1] - base[1]) * bias).sum())
 
-    def _affine(
-        self, layer: Layer, keep: Keep, reads: InputChannels | None, steps: Sequence[MethodConfig]
-    ) -> Affine:
+    def _affine(self, layer: Layer, keep: Keep, reads: InputChannels | None, steps: Sequence[MethodConfig]) -> Affine:
         """What a plan makes of a layer, with zeros where it has no columns.
 
         Fitted methods depend on the outputs that are kept; outputs that are not stay as they are without them.

@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from autocompress.database import LevelDatabase
 from autocompress.graph import Graph, Keep, Layer, make_layer, slice_channelwise
 from autocompress.methods.inputs import Select
-from autocompress.methods.quantization import PackedWeight
+from autocompress.methods.quantization import ActivationQuant, PackedWeight
 from autocompress.types import Plan
 
 STARTS = 16
@@ -46,19 +46,37 @@ class Reader:
 def reordered(database: LevelDatabase, plan: Plan, deployed: fx.GraphModule) -> fx.GraphModule:
     """The deployed model of a plan with its channels in an order in which selections are slices where they can be.
 
-    The model itself where nothing is selected, or nothing would become a slice. Layers whose weights depend on the places of
+    In place where nothing is selected, or nothing would become a slice. Layers whose weights depend on the places of
     their inputs (scales of groups, masks of neighbours) keep these places.
     """
     graph, keep = database.graph, database.keep(plan)
     found = _readers(database, plan, deployed)
-    scattered = [reader for reader in found if not deployed.get_submodule(reader.name).neighbours]
-    if not scattered:
-        return deployed
-    cells = exchangeable(graph, keep, _fixed(graph, deployed))
-    order = arranged(found, cells)
-    made = _permuted(graph, keep, deployed, order)
-    after = sum(made.get_submodule(reader.name).neighbours for reader in found)  # type: ignore[misc]
-    return made if int(after) > len(found) - len(scattered) else deployed
+    if any(not deployed.get_submodule(reader.name).neighbours for reader in found):
+        order = arranged(found, exchangeable(graph, keep, _fixed(graph, deployed)))
+        made = _permuted(graph, keep, deployed, order)
+        deployed = made if slices(made) > slices(deployed) else deployed
+    return _with_grids(deployed)
+
+
+def slices(model: nn.Module) -> int:
+    """How many selections of a model take neighbours."""
+    return sum(part.neighbours for part in model.modules() if isinstance(part, Select))
+
+
+def _with_grids(model: fx.GraphModule) -> fx.GraphModule:
+    """What is gathered from a quantized tensor on its grid once more: the same numbers, and runtimes gather the integers."""
+    parts = dict(model.named_modules(remove_duplicate=False))
+    for node in list(model.graph.nodes):
+        selection = parts.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(selection, Select) and not selection.neighbours:
+            grid = parts.get(str(node.all_input_nodes[0].target))
+            if isinstance(grid, ActivationQuant):
+                model.add_submodule(f"quant_{node.name}", copy.deepcopy(grid))
+                with model.graph.inserting_after(node):
+                    new = model.graph.call_module(f"quant_{node.name}", (node,))
+                node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+    model.recompile()
+    return model
 
 
 def _readers(database: LevelDatabase, plan: Plan, model: fx.GraphModule) -> list[Reader]:
@@ -77,7 +95,7 @@ def _readers(database: LevelDatabase, plan: Plan, model: fx.GraphModule) -> list
 
 
 def exchangeable(graph: Graph, keep: Keep, fixed: Iterable[int]) -> Ids:
-    """A label for each class: channels with the same one may change places. What is pinned or ``fixed`` is alone.  # (n_classes,)"""
+    """A label for each class: those with the same one may change places; what is pinned or ``fixed`` is alone.  # (n_classes,)"""
     seen: dict[int, list[tuple[str, int]]] = {}
     for node in graph.module.graph.nodes:
         if node.name in graph.values:
@@ -135,8 +153,8 @@ def _chain(readers: list[Reader], start: int) -> Iterable[Reader]:
     left, now = [r for i, r in enumerate(readers) if i != start], readers[start]
     yield now
     while left:
-        now = max(left, key=lambda r: len(np.intersect1d(r.wanted, now.wanted)))  # noqa: B023 - used at once
-        left.remove(now)
+        shared = [len(np.intersect1d(r.wanted, now.wanted)) for r in left]
+        now = left.pop(int(np.argmax(shared)))
         yield now
 
 

@@ -1,4 +1,4 @@
-"""Unconstrained channel pruning: every layer that reads a shared tensor keeps input channels of its own (Wan et al. 2023, UPSCALE).
+"""Unconstrained channel pruning: a layer that reads a shared tensor keeps input channels of its own (UPSCALE, Wan et al. 2023).
 
 A group's channels live and die with all layers that write and read them. Here a tensor stays whole (the union of what its
 readers keep), and one reader alone reads fewer of its channels, chosen by the same importance with this reader as the only one,
@@ -23,13 +23,13 @@ from autocompress.types import Level, MethodConfig
 
 Index = npt.NDArray[np.intp]
 
-SELECT_BYTES, INDEX_BYTES = 150, 8
-"""Bytes in an ONNX file of a gather with its names, and of each channel that it takes; a slice has four numbers in their place."""
+SELECT_BYTES, INDEX_BYTES = 230, 8
+"""Bytes in an ONNX file of a gather with its names, and of each channel that it takes; a slice has four numbers instead."""
 
 
 @dataclass(frozen=True)
 class InputChannels(MethodConfig):
-    """One layer reads the ``keep`` most important of ``width`` input channels: of those that groups leave, all if they are fewer."""
+    """One layer reads the ``keep`` most important of its ``width`` inputs: of those that groups leave, all if they are fewer."""
 
     keep: int
     width: int
