@@ -77,7 +77,10 @@ def mobilenet_task(data: Sequence[str]) -> Task:
 
 
 def train(task: Task, make: Callable[[], nn.Module], epochs: int = EPOCHS) -> None:
-    """Train ``task.model``, of the form that ``make`` gives, in its place on ``task.train``: SGD with momentum, one cycle of the rate, crops and flips."""
+    """Train ``task.model`` in its place on ``task.train``: SGD with momentum, one cycle of the rate, crops and flips.
+
+    ``make`` gives an untrained model of its form.
+    """
     assert task.train is not None and task.augment is not None
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)

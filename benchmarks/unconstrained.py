@@ -1,9 +1,10 @@
-"""Unconstrained against constrained pruning of what reads residual streams, at equal parameters, on CIFAR-10's ResNets.
+"""Unconstrained against constrained pruning of shared tensors, at equal parameters, on CIFAR-10's ResNets and a DenseNet.
 
-Run: python benchmarks/unconstrained.py --data ASSETS; resumable row by row. One thread, no training. ``streams`` removes channels of
-the streams for all that write and read them; ``inputs`` removes twice the share of what each reader reads, and writers stay. Accuracy on
-test images as the database makes levels, and after the sequential refit. Latency over the original's, in turns with it: of the
-file with channels as they were (gathers where readers do not read neighbours), and reordered.
+Run: python benchmarks/unconstrained.py --data ASSETS; resumable row by row. One thread, no training. ``streams`` removes channels
+of shared tensors for all that write and read them; ``inputs`` removes channels for each reader alone, in ResNets twice the share,
+as writers keep theirs. Accuracy on test images as the database makes levels, and after the sequential refit. Latency over
+the original's, in turns with it: of the file with channels as they were (gathers where readers do not read neighbours), and
+reordered.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ from autocompress.types import Plan, SearchSpace
 
 TASKS = ("cifar10:resnet20", "cifar10:resnet56", "cifar10:densenet")
 JUDGED = 2000
-SHARES = (0.875, 0.75, 0.625)
-"""Of a stream's channels; readers alone keep ``2 share - 1`` of them, as writers keep all."""
+SHARES = {"streams": (0.875, 0.75, 0.625), "inputs": (0.75, 0.5, 0.25)}
+"""Of channels, where writers lose theirs and where they keep them."""
+DENSENET = {"streams": (0.75, 0.5, 0.25), "inputs": (0.75, 0.5, 0.25)}
+"""There every layer writes few channels and reads many, and both lose alike."""
 BATCHES, SECONDS = (1, 32), 8.0
 COLUMNS = [
     ("net", "net"), ("pruned", "pruned"), ("width", "width"), ("params", "parameters"), ("macs", "MACs"),
@@ -84,9 +87,10 @@ def latencies(task: Task, original: fx.GraphModule, models: dict[str, fx.GraphMo
 def rows(task: Task, graph: Graph, known: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     split, net = task.report.take(JUDGED), task.name.partition(":")[2]
     spaces = {"streams": streams(graph), "inputs": make_space(graph, ("inputs",))}
-    for share in SHARES:
+    shares = DENSENET if net == "densenet" else SHARES
+    for i in range(len(shares["inputs"])):
         for pruned, space in spaces.items():
-            width = share if pruned == "streams" else 2 * share - 1
+            width = shares[pruned][i]
             key = f"{net} {pruned} {width:.1%}"
             if key in known:
                 continue

@@ -161,6 +161,18 @@ def _macs(model: nn.Module, x: torch.Tensor) -> int:
     return total
 
 
+def test_tables_of_many_plans_say_what_one_by_one_says(databases: dict[str, LevelDatabase]) -> None:
+    for name in ("resnet-a", "densenet"):
+        database, rng = databases[name], random.Random(2)
+        costs = CostModel(database.graph, database.space, {})
+        plans = [database.space.sample(rng) for _ in range(150)]
+        want = np.concatenate([costs.cost([plan]) for plan in plans])
+        np.testing.assert_array_equal(costs.cost(plans), want)
+        levels = np.array(plans)
+        total = np.sum([f.rows(levels[:, list(f.sites)]) for f in costs.factors()], axis=0)
+        np.testing.assert_array_equal(total[:, :-1], want[:, :-1])
+
+
 def test_a_selection_is_a_kernel_of_its_own(databases: dict[str, LevelDatabase]) -> None:
     database = databases["resnet-b"]
     costs, plan = CostModel(database.graph, database.space, {}), of_inputs(database.space)
