@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from autocompress.features import Feature, Features
 from autocompress.graph import Graph, Op
-from autocompress.methods import ChannelPruning, StaticInt8, WeightQuant, handler_of
+from autocompress.methods import ChannelPruning, InputChannels, StaticInt8, WeightQuant, handler_of
+from autocompress.methods.inputs import INDEX_BYTES, SELECT_BYTES
 from autocompress.plan_tables import PlanTables
 from autocompress.types import (
     APART,
@@ -27,6 +28,7 @@ from autocompress.types import (
     IntArray,
     Kernel,
     LatencyModel,
+    MethodConfig,
     Plan,
     SearchSpace,
     Storage,
@@ -71,15 +73,18 @@ class Packing:
 class _Template:
     """One operator with everything its cost depends on: ``sites``, through ``features``.
 
-    ``features``: whether it runs, the level of its layer, the width of each tensor it reads and of the one it writes, and
-    whether an int8 level quantizes each of these tensors. ``groups``: of a convolution as it is; 0 for one filter a channel,
-    however many there are. ``bias``: the dense layer has one, its own or its norm's. ``dense_inputs``: channels it reads when
-    nothing is pruned. ``vocabulary``: rows of an embedding's table; ``tied``: another operator counts them.
+    ``features``: whether it runs, the level of its layer (and, times ``layer_levels``, that of the layer's inputs), the width of
+    each tensor it reads and of the one it writes, and whether an int8 level quantizes each of these tensors. ``groups``: of a
+    convolution as it is; 0 for one filter a channel, however many there are. ``bias``: the dense layer has one, its own or its
+    norm's. ``dense_inputs``: channels it reads when nothing is pruned. ``vocabulary``: rows of an embedding's table; ``tied``:
+    another operator counts them.
     """
 
     op: Op
     features: tuple[Feature, ...]
     layer_site: int | None
+    inputs_site: int | None
+    layer_levels: int
     sites: tuple[int, ...]
     groups: int = 1
     bias: bool = True
@@ -279,9 +284,11 @@ class CostModel:
             for block in self.graph.blocks
             if f"block:{block.name}" in self._site and (op.node in block.body or op.node == block.add)
         )
-        level = Feature(0)
-        if layer_site is not None:
-            level = Feature(0, (layer_site,), (np.arange(self.space.n_levels[layer_site]),))
+        inputs_site = self._site.get(f"inputs:{op.layer}") if op.layer else None
+        layer_levels = 1 if layer_site is None else self.space.n_levels[layer_site]
+        own = [(site, by * np.arange(self.space.n_levels[site]))
+               for site, by in ((layer_site, 1), (inputs_site, layer_levels)) if site is not None]  # fmt: skip
+        level = Feature(0, tuple(site for site, _ in own), tuple(table for _, table in own))
         tensors = (*op.inputs, op.result)
         features = (
             Feature(0, blocks, tuple((np.arange(self.space.n_levels[s]) > 0).astype(np.int64) for s in blocks), "none"),
@@ -293,7 +300,9 @@ class CostModel:
         groups, bias = self._form(op)
         dense = len(self.graph.values[op.inputs[0]].ids) if op.inputs else 0
         vocabulary, tied = self._table(op) if op.kind == "embedding" else (0, False)
-        return _Template(op, features, layer_site, sites, groups, bias, dense, vocabulary, tied)
+        return _Template(
+            op, features, layer_site, inputs_site, layer_levels, sites, groups, bias, dense, vocabulary, tied
+        )
 
     def _alike(self) -> list[int]:
         """For each operator the first that costs the same at the same features: blocks repeat. All that :meth:`_rows` reads
@@ -307,9 +316,9 @@ class CostModel:
             ]
             given = tuple(name in self._given for name in t.op.inputs)
             name = len(t.op.layer or "") if self.packing is None else t.op.layer
-            levels = None if t.layer_site is None else self.space.levels[t.layer_site]
+            levels = [None if s is None else self.space.levels[s] for s in (t.layer_site, t.inputs_site)]
             apart = t.op.result in self._apart
-            kernel = (t.op.kind, t.op.kernel, t.op.stride, t.op.fused, apart, t.op.layer is None, name, levels)
+            kernel = (t.op.kind, t.op.kernel, t.op.stride, t.op.fused, apart, t.op.layer is None, name, *levels)
             rest = (t.groups, t.bias, t.dense_inputs, t.vocabulary, t.tied)
             found.append(first.setdefault((tuple(shapes), given, kernel, rest), i))
         return found
@@ -337,6 +346,18 @@ class CostModel:
             return 1, bias
         return (0 if module.groups == module.in_channels else module.groups), bias
 
+    def _steps(self, template: _Template, level: int) -> tuple[MethodConfig, ...]:
+        """What a level's number says is done to an operator's layer."""
+        _, own = divmod(level, template.layer_levels)
+        return () if template.layer_site is None else self.space.levels[template.layer_site][own].steps
+
+    def _read(self, template: _Template, level: int, width: int) -> int:
+        """Channels that an operator's layer reads of a tensor of that many."""
+        if template.inputs_site is None:
+            return width
+        steps = self.space.levels[template.inputs_site][level // template.layer_levels].steps
+        return min([width, *(step.keep for step in steps if isinstance(step, InputChannels))])
+
     def _lower(self, template: _Template, features: tuple[int, ...]) -> tuple[Kernel, ...]:
         """The kernels of one operator at given features, quantizing nodes included."""
         if not features[0]:
@@ -349,15 +370,18 @@ class CostModel:
         if template.vocabulary:
             in_shape = (template.vocabulary, *out_shape[1:])
         groups = template.groups or in_shape[0]
+        whole_shape, read = in_shape, self._read(template, features[1], widths[0] if n else 0)
+        if n and read < widths[0]:
+            in_shape = self._shape(op.inputs[0], read)
+            groups = template.groups or read
         kernel = Kernel(op.kind, in_shape, out_shape, op.kernel, op.stride, groups, "float", op.fused, max(1, n))
         if op.kind == "add" and len(out_shape) == 3 and (op.result in self._apart or any(flags[:-1])):
             kernel = replace(kernel, fused=f"{APART} {op.fused}".strip())
         kernels: tuple[Kernel, ...] = (kernel,)
-        if template.layer_site is not None:
-            for step in self.space.levels[template.layer_site][features[1]].steps:
-                handler = handler_of(step)
-                if handler is not None:
-                    kernels = tuple(low for k in kernels for low in handler.lower(step, k))
+        for step in self._steps(template, features[1]):
+            handler = handler_of(step)
+            if handler is not None:
+                kernels = tuple(low for k in kernels for low in handler.lower(step, k))
         if all(flags) and len(kernels) == 1 and kernel.weights and kernels[0].format == "w8":
             kernels = (
                 replace(kernels[0], format="int8"),
@@ -376,7 +400,8 @@ class CostModel:
             )
         )
         after = (Kernel("quantize", out_shape, out_shape),) if flags[-1] and not integer else ()
-        return (*before, *kernels, *after)
+        selection = (Kernel("slice", whole_shape, in_shape),) if in_shape != whole_shape else ()
+        return (*before, *selection, *kernels, *after)
 
     def _shape(self, node: str, width: int, whole: bool = False) -> tuple[int, ...]:
         """``(C, ...)`` without the batch; what lies behind a head is one axis (it is no image) unless ``whole``."""
@@ -406,6 +431,7 @@ class CostModel:
     def _packed_share(self, index: int, features: tuple[int, ...], packing: Packing) -> float:
         """Packed bytes over bytes of an operator: as measured on its layer at this level with all its channels."""
         template, level = self._templates[index], features[1]
+        level %= template.layer_levels
         measured = packing.layers.get(template.op.layer or "")
         if measured is None or not features[0] or template.tied:
             return PACKED_FLOAT if template.op.kind in ("embedding", "batch_norm", "norm") else PACKED_TEXT
@@ -425,10 +451,13 @@ class CostModel:
         if not kernels:
             return np.zeros(len(STATIC), dtype=np.int64)
         heavy = [kernel for kernel in kernels if kernel.weights and not template.tied]
-        refitted = template.op.layer is not None and template.groups == 1 and row[2] < template.dense_inputs
+        read = self._read(template, row[1], row[2])
+        refitted = template.op.layer is not None and template.groups == 1 and read < template.dense_inputs
         light = sum(kernel.macs for kernel in kernels if not kernel.weights)  # products without weights: attention
         total = np.array([light, 0, 0 if heavy else NODE_BYTES, 0, 0], dtype=np.int64)
-        steps = self.space.levels[template.layer_site][row[1]].steps if template.layer_site is not None else ()
+        steps = self._steps(template, row[1])
+        if read < row[2]:
+            total[2] += SELECT_BYTES + INDEX_BYTES * read
         weights_only = any(isinstance(step, WeightQuant) for step in steps)
         group = next((step.group for step in steps if isinstance(step, WeightQuant)), 0)
         for kernel in heavy:

@@ -40,6 +40,7 @@ from autocompress.methods import (
     CalibratedInt8,
     ChannelPruning,
     Factored,
+    InputChannels,
     LayerContext,
     Sparse,
     StaticInt8,
@@ -50,6 +51,7 @@ from autocompress.methods.datafree import UDFC, compensated, moments_of
 from autocompress.methods.expected import Expected, expected_values
 from autocompress.methods.fisher import block_moments, damped
 from autocompress.methods.importance import GRADIENT_SCORES, WEIGHT_SCORES, random_importance
+from autocompress.methods.inputs import Select, chosen, place, readers
 from autocompress.methods.pruning import obs_order
 from autocompress.methods.quantization import Ranges
 from autocompress.methods.ranges import RangeObserver, freeze_ranges
@@ -86,7 +88,7 @@ class LevelDatabase:
     def __init__(self, graph: Graph, space: SearchSpace, task: Task, root: Path, *, seed: int = 0) -> None:
         self.graph, self.space, self.task, self.seed = graph, space, task, seed
         steps = [step for levels in space.levels for level in levels for step in level.steps]
-        pruning = [step for step in steps if isinstance(step, ChannelPruning)]
+        pruning = [step for step in steps if isinstance(step, ChannelPruning | InputChannels)]
         self.importance: Importance = pruning[0].importance if pruning else "obs"
         self.ranges: Ranges = next((step.ranges for step in steps if isinstance(step, CalibratedInt8)), "minmax")
         rounded_only = bool(steps) and all(isinstance(step, UDFCQuant) for step in steps)
@@ -104,6 +106,7 @@ class LevelDatabase:
         self._cache_bytes = 0
         self._contexts: ByteCache[tuple[object, ...], LayerContext] = ByteCache(CONTEXT_BYTES)
         self._site = {site.name: i for i, site in enumerate(space.sites)}
+        self._readers = {n: group for n, group in readers(graph).items() if f"inputs:{n}" in self._site}
         self._folded: dict[str, Weights] = {}
         self._moments: dict[str, Tensor | None] = {}
         self._expected: dict[str, Expected | None] | None = None
@@ -126,19 +129,19 @@ class LevelDatabase:
                 self._save(path, self._measure_grams(names))
             self._grams.update(self._load(path))
         self._checkpoint(progress, cancelled, len(chunks), total)
-        widths = [group for group in self.graph.groups if group.carried and f"channels:{group.name}" in self._site]
-        for kind, groups in (("orders", [g for g in self.graph.groups if not g.carried]), ("widths", widths)):
-            path = self.folder / f"{kind}_{self.importance}{'_data_free' * self.data_free}.safetensors"
-            if not path.exists() and (kind == "orders" or groups):
-                orders = {name: torch.from_numpy(order) for name, order in self._measure_orders(groups).items()}
-                self._save(path, orders or {"none": torch.zeros(0)})
-            if path.exists():
-                self._orders |= {name: order.numpy() for name, order in self._load(path).items()}
-        if widths:
+        stem = f"{self.importance}{'_data_free' * self.data_free}"
+        plain = [group for group in self.graph.groups if not group.carried]
+        self._orders = self._kept_orders(self.folder / f"orders_{stem}.safetensors", plain)
+        if widths := [g for g in self.graph.groups if g.carried and f"channels:{g.name}" in self._site]:
+            self._orders |= self._kept_orders(self.folder / f"widths_{stem}.safetensors", widths)
             path = self.folder / "energy.safetensors"
             if not path.exists():
                 self._save(path, self._measure_energy() or {"none": torch.zeros(0)})
             self._energy = self._load(path)
+        if self._readers:
+            path = self.folder / f"orders_{stem}_inputs.safetensors"
+            found = self._kept_orders(path, tuple(readers(self.graph).values()))
+            self._orders |= {f"inputs:{name}": order for name, order in found.items()}
         if self.by_gradients:
             self._checkpoint(progress, cancelled, total - 1, total)
             path = self.folder / f"fisher_{FISHER_IMAGES}.safetensors"
@@ -244,8 +247,14 @@ class LevelDatabase:
                 handle.remove()
         return {name: share / share.sum().clamp_min(1e-30) for name, share in shares.items()}
 
+    def _kept_orders(self, path: Path, groups: Sequence[Group]) -> dict[str, npt.NDArray[np.int64]]:
+        """Channel positions of each group, most important first; measured where they are not on disk yet."""
+        if not path.exists():
+            orders = {name: torch.from_numpy(order) for name, order in self._measure_orders(groups).items()}
+            self._save(path, orders or {"none": torch.zeros(0)})
+        return {name: order.numpy() for name, order in self._load(path).items()}
+
     def _measure_orders(self, groups: Sequence[Group]) -> dict[str, npt.NDArray[np.int64]]:
-        """Channel positions of each group, most important first."""
         if self.importance == "obs":
             return {group.name: obs_order(self.graph, group, self.folded, self.gram) for group in groups}
         if self.importance in GRADIENT_SCORES:
@@ -267,6 +276,29 @@ class LevelDatabase:
                 if isinstance(step, ChannelPruning):
                     keep[group.classes[self._orders[group.name][step.keep :]]] = False
         return keep
+
+    def reads(self, plan: Plan, layer: str) -> InputChannels | None:
+        """How many input channels a plan lets one layer read, if it has a choice of its own."""
+        return next((s for s in self._steps(plan, f"inputs:{layer}") if isinstance(s, InputChannels)), None)
+
+    def columns(self, layer: Layer, keep: Keep, reads: InputChannels | None) -> npt.NDArray[np.intp]:
+        """Input channels that a layer reads, of those that live."""
+        live = layer.kept_inputs(keep)
+        if reads is None:
+            return live
+        order = self._orders[f"inputs:{layer.name}"]
+        return chosen(layer.inputs, live, self._readers[layer.name].classes[order], reads.keep)
+
+    def selections(self, plan: Plan) -> dict[str, Select]:
+        """Nodes of layers that read some of the channels that live -> which."""
+        found, keep = {}, self.keep(plan)
+        for name in self._readers:
+            layer = self.graph.layers[name]
+            live, columns = layer.kept_inputs(keep), self.columns(layer, keep, self.reads(plan, name))
+            if len(columns) < len(live):
+                dim = 1 if isinstance(self.graph.module.get_submodule(name), nn.Conv2d) else -1
+                found[layer.node] = Select(np.flatnonzero(np.isin(live, columns)), dim)
+        return found
 
     def dropped(self, plan: Plan) -> frozenset[str]:
         """Names of dropped blocks."""
@@ -346,10 +378,14 @@ class LevelDatabase:
     def stitch(self, plan: Plan) -> fx.GraphModule:
         """The live model of a plan at the database's rung of refit (dense inputs)."""
 
-        def make(layer: Layer, columns: npt.NDArray[np.intp], rows: npt.NDArray[np.intp]) -> dict[str, nn.Module]:
+        keep = self.keep(plan)
+
+        def make(layer: Layer, _: npt.NDArray[np.intp], rows: npt.NDArray[np.intp]) -> dict[str, nn.Module]:
+            columns = self.columns(layer, keep, self.reads(plan, layer.name))
             return self.layer_modules(layer, columns, rows, self.layer_steps(plan, layer.name))
 
-        model = rebuild(self.graph, self.keep(plan), self.dropped(plan), make, self.narrow)
+        model = rebuild(self.graph, keep, self.dropped(plan), make, self.narrow)
+        place(model, self.selections(plan))
         self.place_quantizers(model, plan)
         return model
 

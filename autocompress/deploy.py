@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from autocompress.graph import FOLDS
 from autocompress.methods.base import forms_of
+from autocompress.methods.inputs import behind
 from autocompress.methods.quantization import ActivationQuant, quantizer_of
 from autocompress.slicing import make_layer
 
@@ -45,7 +46,7 @@ def deploy(live: fx.GraphModule) -> fx.GraphModule:
         ):
             continue
         norm = _norm_behind(node, modules)
-        grid = modules.get(str(node.all_input_nodes[0].target))
+        grid = modules.get(str(behind(live, node.all_input_nodes[0]).target))
         set_submodule(model, str(node.target), deploy_layer(layer, norm, grid))
         if norm is not None:
             after = next(iter(node.users))

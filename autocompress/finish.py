@@ -138,19 +138,21 @@ class _Refit:
     def _refit_layer(self, node: fx.Node, layer: Layer) -> None:
         """Replace one layer's weights by the least-squares fit to what the dense model has at its place."""
         steps, removed = self.steps(layer.name), self.keep != self.wide
+        kept_in = self.database.columns(layer, self.keep, self.database.reads(self.plan, layer.name))
+        selected = len(kept_in) < len(layer.kept_inputs(self.keep))
         source = node.all_input_nodes[0]
-        new_inputs = self._reads_a_change(node) or removed[layer.inputs].any()
+        new_inputs = self._reads_a_change(node) or removed[layer.inputs].any() or selected
         if steps or new_inputs or removed[layer.outputs].any():
             self.changed.add(node)
         gram = self.database.gram(layer.name)
         if gram is None or not (new_inputs or any(isinstance(step, Factored) for step in steps)):
             return  # on the inputs it was trained on, a layer's own weights are the best fit before rounding
-        lost = not self.keep[layer.inputs].all() or any(isinstance(step, Factored) for step in steps)
+        lost = len(kept_in) < len(layer.inputs) or any(isinstance(step, Factored) for step in steps)
         rows = _Rows(self, layer, node, -(-ROWS_PER_INPUT * len(gram) // self.images))
         biased = rows.like.bias is not None or layer.norm is not None or lost  # as the cost tables have it
         moments, solution = self._fit(rows, biased)
         weight, bias = solution[:, :-1].float(), solution[:, -1].float() if biased else None
-        kept_in, kept_out = layer.kept_inputs(self.keep), layer.kept_outputs(self.keep)
+        kept_out = layer.kept_outputs(self.keep)
         shape = (len(kept_out), len(kept_in), *self.database.folded(layer.name)[0].shape[2:])
         context = self.database.informed(LayerContext(moments.gram), layer, kept_in, kept_out, steps)
         made = self.database.neutral(layer, weight.reshape(shape), bias, context, steps)

@@ -196,6 +196,8 @@ def why_not(database: LevelDatabase, plan: Plan, layer: Layer) -> str | None:
     teacher, _ = database.folded(layer.name)
     if layer.depthwise or teacher.shape[1] != len(layer.inputs):
         return "they are grouped convolutions, whose channels do not mix"
+    if database.reads(plan, layer.name) is not None:
+        return "they choose their inputs alone, and compactors belong to all that read a stream"
     if any(isinstance(step, Factored) for step in database.layer_steps(plan, layer.name)):
         return "they are in factors, of which none has the original's shape"
     return None

@@ -19,6 +19,7 @@ from autocompress.finish import finish
 from autocompress.methods.quantization import ActivationQuant
 from autocompress.pairing import pair
 from autocompress.recover import Recovery, recover
+from autocompress.reorder import reordered
 from autocompress.types import Fidelity, Plan, digest
 
 RANGE, STEPS = ".range", "recovery.steps"
@@ -46,8 +47,8 @@ class Models:
         self.reference, self.cancelled, self.on_step = reference, cancelled, on_step
 
     def deployed(self, plan: Plan, fidelity: Fidelity) -> fx.GraphModule:
-        """Batch norm folded, weights rounded: what is judged and exported."""
-        return deploy(self.live(plan, fidelity))
+        """Batch norm folded, weights rounded, channels in the order that is exported: what is judged and handed out."""
+        return reordered(self.database, plan, deploy(self.live(plan, fidelity)))
 
     def live(self, plan: Plan, fidelity: Fidelity) -> fx.GraphModule:
         """The trainable model of a plan at a rung."""

@@ -116,7 +116,8 @@ def _sparse(database: LevelDatabase, plan: Plan) -> dict[str, tuple[Sparse, Mapp
         step = next((s for s in database.layer_steps(plan, layer.name) if isinstance(s, Sparse)), None)
         if step is None:
             continue
-        columns, rows = layer.kept_inputs(keep), torch.from_numpy(layer.kept_outputs(keep))
+        columns = database.columns(layer, keep, database.reads(plan, layer.name))
+        rows = torch.from_numpy(layer.kept_outputs(keep))
         pruned = len(columns) < len(layer.inputs) and not layer.depthwise
         weight, bias = database.refitted(layer, columns) if pruned else database.folded(layer.name)
         context = database.context(layer, columns, weight)

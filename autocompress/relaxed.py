@@ -27,10 +27,11 @@ from torch import Tensor, fx, nn
 from autocompress.database import LevelDatabase
 from autocompress.deploy import deploy_layer
 from autocompress.graph import Keep, Layer
-from autocompress.methods import StaticInt8
+from autocompress.methods import InputChannels, StaticInt8
 from autocompress.methods.factored import composed
 from autocompress.methods.quantization import ActivationQuant
 from autocompress.prefix import ByteCache
+from autocompress.search.tables import switch
 from autocompress.tasks.augment import images_first
 from autocompress.types import MethodConfig, Plan, best_levels
 
@@ -40,8 +41,8 @@ CACHE_BYTES = 512 * 2**20
 FloatArray = npt.NDArray[np.float64]
 Affine = tuple[Tensor, Tensor]
 """Weight and bias in the dense layer's shape, norm folded."""
-Option = tuple[int, Keep, Sequence[MethodConfig]]
-"""Number of a (site, level) pair, the channels and the layer's methods once it is taken."""
+Option = tuple[int, Keep, InputChannels | None, Sequence[MethodConfig]]
+"""Number of a (site, level) pair, the channels, the layer's choice of inputs and its methods once it is taken."""
 
 
 class Relaxed:
@@ -53,6 +54,7 @@ class Relaxed:
         site = {site.name: i for i, site in enumerate(self.space.sites)}
         groups = [(site[f"channels:{g.name}"], g) for g in self.graph.groups if f"channels:{g.name}" in site]
         self.own = {layer.name: site.get(f"layer:{layer.name}") for layer in self.graph.layers.values()}
+        self.reads = {layer.name: site.get(f"inputs:{layer.name}") for layer in self.graph.layers.values()}
         self.groups = {
             layer.name: [i for i, g in groups if not layer.depthwise and np.isin(layer.inputs, g.classes).any()]
             for layer in self.graph.layers.values()
@@ -117,26 +119,35 @@ class Relaxed:
 
     def _options(self, layer: Layer, plan: Plan) -> Iterator[Option]:
         """All ways to switch one site that decides about a layer's weight."""
-        keep = self.database.keep(plan)
+        keep, reads = self.database.keep(plan), self.database.reads(plan, layer.name)
         steps = self.database.layer_steps(plan, layer.name)
         for site in self.groups[layer.name]:
             for level in range(self.space.n_levels[site]):
                 if level != plan[site]:
                     mine = self.keeps[site, self.space.n_levels[site] - 1]  # the sets are nested
-                    yield self.offsets[site] + level, (keep | ~mine) & self.keeps[site, level], steps
-        own = self.own[layer.name]
+                    yield self.offsets[site] + level, (keep | ~mine) & self.keeps[site, level], reads, steps
+        inputs, own = self.reads[layer.name], self.own[layer.name]
+        if inputs is not None:
+            for level in range(self.space.n_levels[inputs]):
+                if level != plan[inputs]:
+                    other = self.database.reads(switch(plan, inputs, level), layer.name)
+                    yield self.offsets[inputs] + level, keep, other, steps
         if own is not None:
             for level, choice in enumerate(self.space.levels[own]):
                 if level != plan[own]:
-                    yield self.offsets[own] + level, keep, choice.steps
+                    yield self.offsets[own] + level, keep, reads, choice.steps
+
+    def _base(self, layer: Layer, plan: Plan) -> Affine:
+        database, name = self.database, layer.name
+        return self._affine(layer, database.keep(plan), database.reads(plan, name), database.layer_steps(plan, name))
 
     def _mixed(self, layer: Layer, plan: Plan, probabilities: FloatArray) -> Affine:
-        base = self._affine(layer, self.database.keep(plan), self.database.layer_steps(plan, layer.name))
+        base = self._base(layer, plan)
         weight, bias = base[0].clone(), base[1].clone()
-        for option, keep, steps in self._options(layer, plan):
+        for option, keep, reads, steps in self._options(layer, plan):
             share = float(probabilities[option])
             if share:
-                other = self._affine(layer, keep, steps)
+                other = self._affine(layer, keep, reads, steps)
                 weight.add_(other[0] - base[0], alpha=share)
                 bias.add_(other[1] - base[1], alpha=share)
         return weight, bias
@@ -147,18 +158,18 @@ class Relaxed:
         """Add the slope of every option that changes a layer, from the slopes of its weight and bias."""
         if weight is None or bias is None:
             return
-        base = self._affine(layer, self.database.keep(plan), self.database.layer_steps(plan, layer.name))
-        for option, keep, steps in self._options(layer, plan):
-            other = self._affine(layer, keep, steps)
+        base = self._base(layer, plan)
+        for option, keep, reads, steps in self._options(layer, plan):
+            other = self._affine(layer, keep, reads, steps)
             gradient[option] += float(((other[0] - base[0]) * weight).sum() + ((other[1] - base[1]) * bias).sum())
 
-    def _affine(self, layer: Layer, keep: Keep, steps: Sequence[MethodConfig]) -> Affine:
+    def _affine(self, layer: Layer, keep: Keep, reads: InputChannels | None, steps: Sequence[MethodConfig]) -> Affine:
         """What a plan makes of a layer, with zeros where it has no columns.
 
         Fitted methods depend on the outputs that are kept; outputs that are not stay as they are without them.
         """
         every = np.arange(len(layer.outputs))
-        columns = np.arange(len(layer.inputs)) if layer.depthwise else layer.kept_inputs(keep)
+        columns = np.arange(len(layer.inputs)) if layer.depthwise else self.database.columns(layer, keep, reads)
         rows = layer.kept_outputs(keep) if any(step.fitted for step in steps) else every
         key = (layer.name, columns.tobytes(), rows.tobytes(), steps)
         found = self._made.get(key)
@@ -169,7 +180,7 @@ class Relaxed:
         small, shift = _composed(part)
         at = torch.from_numpy(rows)
         if len(rows) < len(every):
-            whole = self._affine(layer, keep, ())
+            whole = self._affine(layer, keep, reads, ())
             weight, bias = whole[0].clone(), whole[1].clone()
             weight[at] = 0.0
             bias[at] = shift
@@ -222,7 +233,7 @@ class Relaxed:
     def grids(self) -> Mapping[str, ActivationQuant]:
         """Grids of values on the dense model's ranges."""
         if self._grids is None:
-            weights = {n: self._affine(x, self.graph.keep_all(), ()) for n, x in self.graph.layers.items()}
+            weights = {n: self._affine(x, self.graph.keep_all(), None, ()) for n, x in self.graph.layers.items()}
             walk = _Walk(self, weights, {}, {}, {})
             walk.ranges = dict.fromkeys(self.rounding, (0.0, 0.0))
             with torch.no_grad():

@@ -20,6 +20,7 @@ METHOD_FAMILIES = ("channels", "blocks", "lowrank", "int8", "w8", "w4")
 RESEARCH_FAMILIES = (
     "width",
     "udfc",
+    "inputs",
     "lord",
     "cur",
     "tucker",

@@ -28,6 +28,7 @@ from autocompress.finish import carry_over
 from autocompress.graph import Layer, rebuild, tied_to
 from autocompress.methods import Factored
 from autocompress.methods.factored import composed
+from autocompress.methods.inputs import Select, place
 from autocompress.search.tables import switch
 from autocompress.slicing import slice_channelwise
 from autocompress.types import MethodConfig, Plan
@@ -108,20 +109,25 @@ def narrowed(
     old = dict(model.named_modules(remove_duplicate=False))
     made: set[str] = set()
 
-    def make(layer: Layer, columns: Index, rows: Index) -> dict[str, nn.Module]:
-        inner, outer = _within(layer.kept_inputs(wide), columns), _within(layer.kept_outputs(wide), rows)
-        found = _narrow(database, layer, old, inner, outer, steps.get(layer.name, ()), columns)
+    def make(layer: Layer, _: Index, rows: Index) -> dict[str, nn.Module]:
+        had, columns = (
+            database.columns(layer, kept, database.reads(plan, layer.name))
+            for kept, plan in ((wide, before), (keep, after))
+        )
+        outer = _within(layer.kept_outputs(wide), rows)
+        found = _narrow(database, layer, old, had, outer, steps.get(layer.name, ()), columns)
         made.update(found)
         return found
 
     new = rebuild(graph, keep, database.dropped(after), make)
+    place(new, database.selections(after))
     for node in new.graph.nodes:
         name = str(node.target)
         if node.op == "get_attr":
             owner, _, leaf = name.rpartition(".")
             if not tied_to(graph, name):  # a tied weight comes with its embedding
                 setattr(new.get_submodule(owner), leaf, copy.deepcopy(getattr(model.get_submodule(owner), leaf)))
-        elif node.op == "call_module" and name not in made:
+        elif node.op == "call_module" and name not in made and not isinstance(new.get_submodule(name), Select):
             ids = graph.channelwise.get(name)
             index = None if ids is None else _within(np.flatnonzero(wide[ids]), np.flatnonzero(keep[ids]))
             part = copy.deepcopy(old[name]) if index is None else slice_channelwise(old[name], index)
@@ -138,18 +144,21 @@ def _narrow(
     database: LevelDatabase,
     layer: Layer,
     old: Mapping[str, nn.Module],
-    inner: Index,
+    had: Index,
     outer: Index,
     steps: Sequence[MethodConfig],
     columns: Index,
 ) -> dict[str, nn.Module]:
-    """A trained layer and its norm at ``inner`` of their inputs (the original's ``columns``) and ``outer`` of their outputs."""
+    """A trained layer that ``had`` some of the original's inputs, and its norm, at ``columns`` of them (new ones have zeros) and
+    at ``outer`` of its outputs."""
     part, norm = old[layer.name], old[layer.norm] if layer.norm else None
     last: Any = part[-1] if isinstance(part, nn.Sequential) else part
     weight, bias = fold_norm(composed(part), last.bias, norm)
     if not layer.depthwise:
-        weight = weight[:, torch.from_numpy(inner)]
-    if not steps and len(outer) == len(weight) and len(inner) == last.weight.shape[1]:
+        whole = weight.new_zeros(len(weight), len(layer.inputs), *weight.shape[2:])
+        whole[:, torch.from_numpy(had)] = weight
+        weight = whole[:, torch.from_numpy(columns)]
+    if not steps and len(outer) == len(weight) and np.array_equal(had, columns):
         return {name: copy.deepcopy(old[name]) for name in (layer.name, layer.norm) if name}
     like: Any = database.graph.module.get_submodule(layer.name)
     biased = like.bias is not None or norm is not None or bool(steps) or weight.shape[1] < like.weight.shape[1]

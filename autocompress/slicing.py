@@ -86,7 +86,9 @@ def _sliced_rms(norm: nn.RMSNorm, kept: Tensor) -> nn.RMSNorm:
     ``x w / sqrt(sum x^2 / N + eps)`` is ``x (w sqrt(N / n)) / sqrt(sum x^2 / n + eps N / n)``.
     """
     before, after = norm.normalized_shape[0], len(kept)
-    if after == before:
+    if after == before:  # perhaps in another order
+        if norm.weight is not None:
+            norm.weight = nn.Parameter(norm.weight.detach()[kept].clone(), requires_grad=norm.weight.requires_grad)
         return norm
     eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
     weight = torch.ones(before) if norm.weight is None else norm.weight.detach()

@@ -38,6 +38,7 @@ from autocompress.methods import (
     handler_of,
 )
 from autocompress.methods.grouped import best_split
+from autocompress.methods.inputs import input_levels, readers
 from autocompress.methods.pruning import width_levels
 from autocompress.methods.sparsity import By
 from autocompress.results import ALL_FAMILIES, METHOD_FAMILIES, Importance
@@ -108,6 +109,14 @@ def make_space(
         macs, params = _totals(graph, group.producers)
         site = Site(f"channels:{group.name}", "channels", members, len(group.classes), (), macs, params)
         found.append((site, levels))
+    if "inputs" in families:
+        if "udfc" in families:
+            raise UsageError("Inputs are chosen with data, and 'udfc' does without; name one of 'inputs' and 'udfc'.")
+        for name, group in readers(graph).items():
+            width, weights = len(group.classes), _weight(graph, graph.layers[name]).numel()
+            macs, params = _totals(graph, (name,))
+            site = Site(f"inputs:{name}", "channels", (name,), width, (), macs, params)
+            found.append((site, input_levels(group, weights, width_levels(width, importance))))
     if "blocks" in families:
         for block in graph.blocks:
             members = tuple(layer.name for layer in graph.layers.values() if layer.node in block.body)

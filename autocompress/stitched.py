@@ -162,7 +162,7 @@ class _Walk:
     def __init__(self, owner: Stitched, plan: Plan) -> None:
         self.owner, self.plan, self.program = owner, plan, Program()
         database, graph = owner.database, owner.graph
-        self.keep, dropped = database.keep(plan), database.dropped(plan)
+        self.keep, dropped, self.selections = database.keep(plan), database.dropped(plan), database.selections(plan)
         self.stands_for = aliases(graph, dropped)
         gone = {name for block in graph.blocks if block.name in dropped for name in block.body}
         self.values: dict[str, Digest] = {}
@@ -181,12 +181,17 @@ class _Walk:
             return INPUT
         if node.op == "call_module" and target in graph.layers:
             layer = graph.layers[target]
-            columns, rows = layer.kept_inputs(self.keep), layer.kept_outputs(self.keep)
-            steps = self.owner.database.layer_steps(self.plan, layer.name)
-            return self.layer(node, layer, *self.owner.live(layer, columns, rows, steps))
+            return self.layer(node, layer, *self.made(layer))
         if node.op == "call_module" and target in self.owner.norms:
             return self.norm(node, self.owner.norms[target])
         return self.other(node)
+
+    def made(self, layer: Layer) -> tuple[Key, Mapping[str, nn.Module]]:
+        """A live layer as the plan has it."""
+        database = self.owner.database
+        columns = database.columns(layer, self.keep, database.reads(self.plan, layer.name))
+        steps = database.layer_steps(self.plan, layer.name)
+        return self.owner.live(layer, columns, layer.kept_outputs(self.keep), steps)
 
     def layer(self, node: fx.Node, layer: Layer, key: Key, live: Mapping[str, nn.Module]) -> Digest:
         raise NotImplementedError
@@ -231,6 +236,9 @@ class _Walk:
         names: dict[str, None] = {}
         fx.map_arg((args, kwargs), lambda n: names.setdefault(n.name))
         inputs = [self.value(name) for name in names]
+        if (selection := self.selections.get(node.name)) is not None:
+            what_is_read = ("select", selection.index.tolist())
+            inputs = [self.program.add(what_is_read, inputs, self.owner.where.exact.put(selection))]
         if kwargs or len(args) != 1 or not isinstance(args[0], fx.Node):
             call = _with(call, tuple(names), args, kwargs)
         return self.program.add(what, inputs, call, self.owner.worth.get(node.name, 0))
@@ -276,9 +284,7 @@ class _Live(_Walk):
         return self.program.add(("second", node.name, key), [middle], module[1])
 
     def norm(self, node: fx.Node, layer: Layer) -> Digest:
-        columns, rows = layer.kept_inputs(self.keep), layer.kept_outputs(self.keep)
-        steps = self.owner.database.layer_steps(self.plan, layer.name)
-        key, live = self.owner.live(layer, columns, rows, steps)
+        key, live = self.made(layer)
         module = self.owner.placed(key, live)[str(layer.norm)]
         return self.step(node, ("norm", node.name, key), module, node.args, node.kwargs)
 

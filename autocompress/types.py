@@ -98,9 +98,9 @@ class Level:
 class Site:
     """One decision point: layers that must be treated together.
 
-    ``kind`` is ``channels`` (a coupled group), ``block`` (a residual branch) or ``layer`` (one convolution or linear
-    layer's rank and format). ``width`` is the number of channels of a group (1 otherwise), ``macs`` and ``params``
-    are those of the dense members, for one example.
+    ``kind`` is ``channels`` (a coupled group, or the inputs of one layer), ``block`` (a residual branch) or ``layer`` (one
+    convolution or linear layer's rank and format). ``width`` is the number of channels of a group or of inputs (1 otherwise),
+    ``macs`` and ``params`` are those of the dense members, for one example.
     """
 
     name: str

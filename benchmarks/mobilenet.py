@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def mobilenet_task(data: Sequence[str]) -> Task:
     task = replace(cifar10("resnet20", data), name="cifar10:mobilenet", model=MobileNet())
     path = cache_dir() / "benchmarks" / "mobilenet.safetensors"
     if not path.exists():
-        train(task)
+        train(task, MobileNet)
         state = {name: tensor.contiguous() for name, tensor in task.model.state_dict().items()}
         write_atomically(path, lambda temporary: save_file(state, temporary))
     model = MobileNet()
@@ -76,17 +76,20 @@ def mobilenet_task(data: Sequence[str]) -> Task:
     return replace(task, model=model)
 
 
-def train(task: Task) -> None:
-    """Train ``task.model`` in its place on ``task.train``: SGD with momentum, one cycle of the rate, crops and flips."""
+def train(task: Task, make: Callable[[], nn.Module], epochs: int = EPOCHS) -> None:
+    """Train ``task.model`` in its place on ``task.train``: SGD with momentum, one cycle of the rate, crops and flips.
+
+    ``make`` gives an untrained model of its form.
+    """
     assert task.train is not None and task.augment is not None
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    model = MobileNet().to(memory_format=torch.channels_last)
+    model = make().to(memory_format=torch.channels_last)
     steps = len(task.train) // BATCH
     optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, nesterov=True, weight_decay=DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, EPOCHS * steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, epochs * steps)
     start = time.process_time()
-    for epoch in range(EPOCHS):
+    for epoch in range(epochs):
         model.train()
         order = torch.randperm(len(task.train), generator=generator)
         for rows in order[: steps * BATCH].split(BATCH):

@@ -28,6 +28,7 @@ from autocompress.graph import Graph, prove, rebuild, trace
 from autocompress.onnx_cost import file_costs
 from autocompress.onnx_file import parity
 from autocompress.pipeline import compress
+from autocompress.reorder import reordered, slices
 from autocompress.results import METHOD_FAMILIES, Importance, Request
 from autocompress.slicing import slice_channelwise
 from autocompress.space import make_space
@@ -348,3 +349,18 @@ def test_a_run_over_widths_ends_in_a_verified_file(task: Task, tmp_path: Path, m
     assert result.best is not None
     certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())
     assert certificate["holds"] and check_model(tmp_path / "out" / "model.onnx", [], task=task.name) == []
+
+
+# ---------------------------------------------------------------- with layers that choose their inputs
+
+
+def test_another_order_of_the_stream_changes_nothing(task: Task, graph: Graph, tmp_path: Path) -> None:
+    """Embeddings, the head tied to them and the norms across the stream move with it."""
+    database = LevelDatabase(graph, make_space(graph, ("width", "inputs")), task, tmp_path)
+    database.build()
+    plan = narrowed(database, 1, tuple(n - 1 for n in database.space.n_levels))
+    before = deploy(database.stitch(plan))
+    after = reordered(database, plan, before)
+    assert slices(after) > slices(before)
+    with torch.no_grad():
+        torch.testing.assert_close(after(IDS), before(IDS), rtol=1e-4, atol=1e-5)

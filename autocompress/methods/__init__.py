@@ -8,6 +8,7 @@ from autocompress.methods.datafree import UDFC
 from autocompress.methods.datafree_quant import UDFCQuant
 from autocompress.methods.factored import Factored
 from autocompress.methods.grouped import GroupedSVD
+from autocompress.methods.inputs import InputChannels
 from autocompress.methods.lookup import Lookup
 from autocompress.methods.lord import OutputFeatures
 from autocompress.methods.lowrank import LowRank
@@ -22,6 +23,7 @@ from autocompress.methods.tucker import Tucker2
 METHODS.register("channels")(ChannelPruning)
 METHODS.register("blocks")(BlockDrop)
 METHODS.register("udfc")(UDFC)
+METHODS.register("inputs")(InputChannels)
 
 __all__ = [
     "CUR",
@@ -33,6 +35,7 @@ __all__ = [
     "ChannelPruning",
     "Factored",
     "GroupedSVD",
+    "InputChannels",
     "LayerContext",
     "LayerMethod",
     "Lookup",
