@@ -162,6 +162,12 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "nan": (lambda: {"model": nn.Sequential(linear(), linear(float("nan")))}, r"3 of the 3 values in '1\.bias' .* NaN"),
     "inf": (lambda: {"model": linear(float("inf"))}, r"3 of the 3 values in 'bias'"),
     "device": (lambda: {"model": nn.Linear(4, 3, device="meta")}, r"'weight' is on meta"),
+    "half": (
+        lambda: {"model": linear().half()},
+        r"must be float32: 'weight' of task 't' is float16; call model\.float\(\)",
+    ),
+    "bfloat16": (lambda: {"model": linear().bfloat16()}, r"'weight' of task 't' is bfloat16"),
+    "double": (lambda: {"model": linear().double()}, r"'weight' of task 't' is float64"),
     "no model": (lambda: {"model": torch.relu}, r"needs a torch\.nn\.Module"),
     "no calibration": (lambda: {"calibration": split(0)}, r"calibration split of task 't' is empty"),
     "no report": (lambda: {"report": split(0)}, r"report split of task 't' is empty"),

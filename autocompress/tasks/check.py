@@ -21,7 +21,7 @@ MAX_OVERLAP = 0.01
 def check(task: Task) -> None:
     """Raise ``TaskError`` with one sentence for the first law that ``task`` breaks.
 
-    Weights finite and on the CPU; splits of tensors, not empty, inputs and targets equally long; the report split
+    Weights float32, finite and on the CPU; splits of tensors, not empty, inputs and targets equally long; the report split
     shares at most 1 % of its examples with any other; model, score and fitness work on the first examples.
     """
     _check_model(task)
@@ -37,6 +37,11 @@ def _check_model(task: Task) -> None:
         if tensor.device.type != "cpu":
             raise TaskError(
                 f"Task {task.name!r} needs its model on the CPU, {name!r} is on {tensor.device}; call model.cpu()."
+            )
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise TaskError(
+                f"Weights must be float32: {name!r} of task {task.name!r} is {str(tensor.dtype).removeprefix('torch.')}; "
+                "call model.float() where the task is made."
             )
         if not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
