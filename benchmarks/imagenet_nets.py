@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autocompress.errors import TaskError
-from autocompress.tasks import Split, Task
+from autocompress.tasks import Split, Task, load_task
 
 CALIBRATION, SEARCH = 200, 300
 """Images; the other 500 are the report's."""
@@ -147,6 +147,15 @@ def mobilenet_v2(data: Sequence[str]) -> Task:
     graph = json.loads((folder / "tf2_mobilenet_v2_1.0_224_ptq.graph.json").read_text())
     arrays = np.load(folder / "tf2_mobilenet_v2_1.0_224_ptq_f16.npz")
     return _task("mobilenet_v2", MobileNetV2(graph["program"], dict(arrays)), data, graph["resolution"])
+
+
+def network_task(spec: str, data: Sequence[str]) -> Task:
+    """One of these two by its name, ``python_llama`` where the data lies, or what the project knows."""
+    own = {"mcunet": mcunet, "mobilenet_v2": mobilenet_v2}
+    if spec in own:
+        return own[spec](data)
+    at = next((str(Path(f) / "python_llama") for f in data if (Path(f) / "python_llama").is_dir()), "")
+    return load_task(spec.replace("python_llama", at), data)
 
 
 def _task(name: str, model: nn.Module, data: Sequence[str], side: int) -> Task:

@@ -19,13 +19,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import folders, load, save
+from imagenet_nets import network_task
 
 from autocompress.database import LevelDatabase
 from autocompress.graph import trace
 from autocompress.results import METHOD_FAMILIES
 from autocompress.search.tables import switch
 from autocompress.space import make_space
-from methods import make
 
 NETWORKS = ("cifar10:resnet20", "cifar10:resnet56", "lm:python_llama")
 COLUMNS = [
@@ -47,7 +47,7 @@ def peak() -> int:
 
 def one(network: str, data: list[str]) -> dict[str, Any]:
     torch.set_num_threads(1)
-    task = make(network, data)
+    task = network_task(network, data)
     graph = trace(task.model, task.example_inputs)
     space, before = make_space(graph, METHOD_FAMILIES), peak()
     with tempfile.TemporaryDirectory() as folder:

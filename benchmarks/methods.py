@@ -21,7 +21,7 @@ from torch import fx
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import folders, load, opened, quality, save
-from imagenet_nets import mcunet, mobilenet_v2
+from imagenet_nets import network_task
 
 from autocompress.costs import CostModel
 from autocompress.deploy import deploy
@@ -32,7 +32,7 @@ from autocompress.hwprofiles import compare
 from autocompress.onnx_file import open_session
 from autocompress.results import Importance
 from autocompress.space import make_space
-from autocompress.tasks import Task, load_task
+from autocompress.tasks import Task
 from autocompress.types import Plan, SearchSpace
 
 JUDGED = {"cifar10:resnet20": 2000, "cifar10:resnet56": 2000, "mcunet": 500, "mobilenet_v2": 500, "lm:python_llama": 96}
@@ -107,14 +107,6 @@ def rows(task: Task, graph: Graph, family: str, known: dict[str, Any]) -> Iterat
         )
 
 
-def make(spec: str, data: list[str]) -> Task:
-    own = {"mcunet": mcunet, "mobilenet_v2": mobilenet_v2}
-    if spec in own:
-        return own[spec](data)
-    at = next((str(Path(f) / "python_llama") for f in data if (Path(f) / "python_llama").is_dir()), "")
-    return load_task(spec.replace("python_llama", at), data)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     folders(parser)
@@ -123,7 +115,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     for spec in given.only:
-        task = make(spec, given.data)
+        task = network_task(spec, given.data)
         graph, name = trace(task.model, task.example_inputs), "methods_" + spec.rpartition(":")[2]
         JUDGED.setdefault(task.name, JUDGED[spec])
         original, known = quality(task, graph.module, task.report.take(JUDGED[task.name])), load(name)
