@@ -106,7 +106,8 @@ class LevelDatabase:
         self._cache_bytes = 0
         self._contexts: ByteCache[tuple[object, ...], LayerContext] = ByteCache(CONTEXT_BYTES)
         self._site = {site.name: i for i, site in enumerate(space.sites)}
-        self._readers = {n: group for n, group in readers(graph).items() if f"inputs:{n}" in self._site}
+        chooses = any(name.startswith("inputs:") for name in self._site)
+        self._readers = readers(graph) if chooses else {}
         self._folded: dict[str, Weights] = {}
         self._moments: dict[str, Tensor | None] = {}
         self._expected: dict[str, Expected | None] | None = None
@@ -140,7 +141,7 @@ class LevelDatabase:
             self._energy = self._load(path)
         if self._readers:
             path = self.folder / f"orders_{stem}_inputs.safetensors"
-            found = self._kept_orders(path, tuple(readers(self.graph).values()))
+            found = self._kept_orders(path, tuple(self._readers.values()))
             self._orders |= {f"inputs:{name}": order for name, order in found.items()}
         if self.by_gradients:
             self._checkpoint(progress, cancelled, total - 1, total)
@@ -289,12 +290,18 @@ class LevelDatabase:
         order = self._orders[f"inputs:{layer.name}"]
         return chosen(layer.inputs, live, self._readers[layer.name].classes[order], reads.keep)
 
+    def inputs(self, plan: Plan, layer: Layer, keep: Keep) -> npt.NDArray[np.intp]:
+        """Input channels that a plan lets a layer read, of those that live; ``keep``: the plan's."""
+        return self.columns(layer, keep, self.reads(plan, layer.name))
+
     def selections(self, plan: Plan) -> dict[str, Select]:
         """Nodes of layers that read some of the channels that live -> which."""
+        if not self._readers:
+            return {}
         found, keep = {}, self.keep(plan)
         for name in self._readers:
             layer = self.graph.layers[name]
-            live, columns = layer.kept_inputs(keep), self.columns(layer, keep, self.reads(plan, name))
+            live, columns = layer.kept_inputs(keep), self.inputs(plan, layer, keep)
             if len(columns) < len(live):
                 dim = 1 if isinstance(self.graph.module.get_submodule(name), nn.Conv2d) else -1
                 found[layer.node] = Select(np.flatnonzero(np.isin(live, columns)), dim)
@@ -381,7 +388,7 @@ class LevelDatabase:
         keep = self.keep(plan)
 
         def make(layer: Layer, _: npt.NDArray[np.intp], rows: npt.NDArray[np.intp]) -> dict[str, nn.Module]:
-            columns = self.columns(layer, keep, self.reads(plan, layer.name))
+            columns = self.inputs(plan, layer, keep)
             return self.layer_modules(layer, columns, rows, self.layer_steps(plan, layer.name))
 
         model = rebuild(self.graph, keep, self.dropped(plan), make, self.narrow)

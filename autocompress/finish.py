@@ -138,7 +138,7 @@ class _Refit:
     def _refit_layer(self, node: fx.Node, layer: Layer) -> None:
         """Replace one layer's weights by the least-squares fit to what the dense model has at its place."""
         steps, removed = self.steps(layer.name), self.keep != self.wide
-        kept_in = self.database.columns(layer, self.keep, self.database.reads(self.plan, layer.name))
+        kept_in = self.database.inputs(self.plan, layer, self.keep)
         selected = len(kept_in) < len(layer.kept_inputs(self.keep))
         source = node.all_input_nodes[0]
         new_inputs = self._reads_a_change(node) or removed[layer.inputs].any() or selected

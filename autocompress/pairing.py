@@ -116,7 +116,7 @@ def _sparse(database: LevelDatabase, plan: Plan) -> dict[str, tuple[Sparse, Mapp
         step = next((s for s in database.layer_steps(plan, layer.name) if isinstance(s, Sparse)), None)
         if step is None:
             continue
-        columns = database.columns(layer, keep, database.reads(plan, layer.name))
+        columns = database.inputs(plan, layer, keep)
         rows = torch.from_numpy(layer.kept_outputs(keep))
         pruned = len(columns) < len(layer.inputs) and not layer.depthwise
         weight, bias = database.refitted(layer, columns) if pruned else database.folded(layer.name)

@@ -110,10 +110,7 @@ def narrowed(
     made: set[str] = set()
 
     def make(layer: Layer, _: Index, rows: Index) -> dict[str, nn.Module]:
-        had, columns = (
-            database.columns(layer, kept, database.reads(plan, layer.name))
-            for kept, plan in ((wide, before), (keep, after))
-        )
+        had, columns = database.inputs(before, layer, wide), database.inputs(after, layer, keep)
         outer = _within(layer.kept_outputs(wide), rows)
         found = _narrow(database, layer, old, had, outer, steps.get(layer.name, ()), columns)
         made.update(found)

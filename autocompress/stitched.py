@@ -189,7 +189,7 @@ class _Walk:
     def made(self, layer: Layer) -> tuple[Key, Mapping[str, nn.Module]]:
         """A live layer as the plan has it."""
         database = self.owner.database
-        columns = database.columns(layer, self.keep, database.reads(self.plan, layer.name))
+        columns = database.inputs(self.plan, layer, self.keep)
         steps = database.layer_steps(self.plan, layer.name)
         return self.owner.live(layer, columns, layer.kept_outputs(self.keep), steps)
 
