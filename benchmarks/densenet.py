@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
-from mobilenet import N_CLASSES, train
+from mobilenet import N_CLASSES, trained_task
 
-from autocompress.files import cache_dir, write_atomically
 from autocompress.tasks import Task
-from autocompress.tasks.cifar10 import cifar10
 
 EPOCHS = 3
 STEM, GROWTH, LAYERS = 32, 16, (4, 4, 4)
@@ -60,12 +56,4 @@ class DenseNet(nn.Module):
 
 def densenet_task(data: Sequence[str]) -> Task:
     """The splits of ``cifar10`` with the trained network; trains it (some six CPU-minutes) where the cache has none."""
-    task = replace(cifar10("resnet20", data), name="cifar10:densenet", model=DenseNet())
-    path = cache_dir() / "benchmarks" / "densenet.safetensors"
-    if not path.exists():
-        train(task, DenseNet, EPOCHS)
-        state = {name: tensor.contiguous() for name, tensor in task.model.state_dict().items()}
-        write_atomically(path, lambda temporary: save_file(state, temporary))
-    model = DenseNet()
-    model.load_state_dict(load_file(path))
-    return replace(task, model=model)
+    return trained_task("densenet", DenseNet, data, EPOCHS)

@@ -65,13 +65,18 @@ class MobileNet(nn.Module):
 
 def mobilenet_task(data: Sequence[str]) -> Task:
     """The splits of ``cifar10`` with the trained network; trains it (some eight CPU-minutes) where the cache has none."""
-    task = replace(cifar10("resnet20", data), name="cifar10:mobilenet", model=MobileNet())
-    path = cache_dir() / "benchmarks" / "mobilenet.safetensors"
+    return trained_task("mobilenet", MobileNet, data)
+
+
+def trained_task(name: str, make: Callable[[], nn.Module], data: Sequence[str], epochs: int = EPOCHS) -> Task:
+    """The splits of ``cifar10`` with a network that ``make`` builds, as trained here once."""
+    task = replace(cifar10("resnet20", data), name=f"cifar10:{name}", model=make())
+    path = cache_dir() / "benchmarks" / f"{name}.safetensors"
     if not path.exists():
-        train(task, MobileNet)
-        state = {name: tensor.contiguous() for name, tensor in task.model.state_dict().items()}
+        train(task, make, epochs)
+        state = {key: tensor.contiguous() for key, tensor in task.model.state_dict().items()}
         write_atomically(path, lambda temporary: save_file(state, temporary))
-    model = MobileNet()
+    model = make()
     model.load_state_dict(load_file(path))
     return replace(task, model=model)
 
