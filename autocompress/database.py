@@ -147,8 +147,9 @@ class LevelDatabase:
             self._checkpoint(progress, cancelled, total - 1, total)
             path = self.folder / f"fisher_{FISHER_IMAGES}.safetensors"
             if not path.exists():
-                batches = self._labelled(FISHER_IMAGES)
-                self._save(path, block_moments(self.graph.module, self.graph.layers, batches, self.task.loss))
+                module, batches = self.graph.module, self._labelled(FISHER_IMAGES)
+                weights = {name: cast(Tensor, module.get_submodule(name).weight) for name in self.graph.layers}
+                self._save(path, block_moments(module, weights, batches, self.task.loss))
             self._fisher = self._load(path)
         if progress:
             progress(total, total)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import cast
@@ -24,11 +24,12 @@ from autocompress.deploy import deploy
 from autocompress.errors import Cancelled, TaskError, UsageError
 from autocompress.fitness import fitness, forward, logits
 from autocompress.inherit import Inheritance
+from autocompress.methods.fisher import block_moments
 from autocompress.pairing import Hint, Pairing, pair, tapped, with_originals
 from autocompress.recipe import Recipe
 from autocompress.schedule import Schedule
 from autocompress.shrink import Descent
-from autocompress.tasks import Task
+from autocompress.tasks import Split, Task
 from autocompress.tasks.augment import images_first
 from autocompress.trained import bits_in, learn, learned, mean_bits, settle
 
@@ -43,6 +44,8 @@ SCORED = 256
 """Examples on which a plan's blocks are compared: which goes next."""
 BITS_SPAN = 8.0
 """How many bits a price alone takes away in all the steps: Adam's rate for learned bits and ranges, times the steps."""
+FISHER_EXAMPLES = 256
+"""Gradients of one Fisher matrix on the way to a sparse level; backward passes an example, so they cost as 30 steps do."""
 CRAM_SPARSITIES = (0.5, 0.7, 0.9)
 """What the compression-aware step prunes to, drawn anew at each step."""
 
@@ -157,7 +160,7 @@ class _Training:
         self.model = copy.deepcopy(start).eval()
         learn(self.model, self.recipe)
         steps = settings.steps
-        self.schedule = Schedule(self.model, self.recipe, steps, pairing.sparse)
+        self.schedule = Schedule(self.model, self.recipe, steps, pairing.sparse, self._moments)
         self.bits = [p for step, _ in learned(self.model) for p in (step.width, step.reach)]
         ids = {id(p) for p in self.bits}
         self.weights = [p for p in self.model.parameters() if p.is_floating_point() and id(p) not in ids]
@@ -293,6 +296,14 @@ class _Training:
     def _parts(self, batch: Batch) -> Iterator[Batch]:
         size = -(-len(batch[0]) // self.recipe.accumulate)
         yield from zip(torch.split(batch[0], size), torch.split(batch[1], size), strict=True)
+
+    def _moments(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Second moments of the labels' gradients on training examples drawn anew."""
+        train, task = self.task.train, self.task
+        assert train is not None
+        index = torch.randint(len(train), (FISHER_EXAMPLES,), generator=self.generator)
+        batches = task.batches(Split(train.inputs[index], train.targets[index]), self.settings.batch_size)
+        return block_moments(self.model, weights, batches, task.loss)
 
     def _batch_loss(self) -> Tensor:
         taught, labelled = self._terms(*self._batch())

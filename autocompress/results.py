@@ -41,6 +41,7 @@ RESEARCH_FAMILIES = (
     "sparse-chita",
     "sparse-fisher",
     "sparse-magnitude",
+    "sparse-pq",
     "lut",
     "spqr",
     "billm",

@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from autocompress.methods import Sparse
-from autocompress.methods.sparsity import WeightMask, prune
+from autocompress.methods.fisher import damped
+from autocompress.methods.sparsity import By, WeightMask, prune
 from autocompress.recipe import Recipe
 
-UPDATES = 20
-"""How often masks change on their way."""
+UPDATES, BY_FISHER = 20, 8
+"""How often masks change on their way; fewer where each time the Fisher matrix is measured anew."""
 REPLACED = 0.6
 """Share of the steps after which every block is the plan's own."""
+
+
+Moments = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 class Schedule:
     """Of ``steps`` steps on ``model``, whose sparse layers it makes dense where the recipe is gradual.
 
-    ``sparse``: a layer's name -> its level, and what it and its norm begin as.
+    ``sparse``: a layer's name -> its level, and what it and its norm begin as. ``moments``: second moments of the gradients of
+    these weights of the model as it is, as :func:`~autocompress.methods.fisher.block_moments` has them.
     """
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, steps: int, sparse: Mapping[str, tuple[Sparse, Mapping[str, nn.Module]]]
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        steps: int,
+        sparse: Mapping[str, tuple[Sparse, Mapping[str, nn.Module]]],
+        moments: Moments,
     ) -> None:
-        self.recipe, self.steps = recipe, steps
+        self.recipe, self.steps, self.moments = recipe, steps, moments
         self.grown = min(steps - 1, round(recipe.gradual * steps)) if sparse else 0
-        self.every = max(1, self.grown // UPDATES)
-        self.layers: list[tuple[Any, WeightMask, Sparse]] = []
+        fisher = any(level.by == "fisher" for level, _ in sparse.values())
+        self.every = max(1, self.grown // (BY_FISHER if fisher else UPDATES))
+        self.layers: list[tuple[str, Any, WeightMask, Sparse]] = []
         for name, (level, begin) in sparse.items() if self.grown else ():
             part: Any = model.get_submodule(name)
             chain = part.parametrizations["weight"]
@@ -42,7 +53,7 @@ class Schedule:
                 chain.original.data.copy_(dense.weight)
                 if part.bias is not None:
                     part.bias.data.copy_(dense.bias)
-            self.layers.append((part, mask, level))
+            self.layers.append((name, part, mask, level))
 
     def own(self, step: int) -> float:
         """The share of blocks that are the plan's own: linear from the recipe's to 1."""
@@ -54,18 +65,34 @@ class Schedule:
         return step >= self.grown
 
     def mask(self, step: int) -> None:
-        """The masks of this step: ``s_t = s (1 - (1 - t / T)^3)`` (Zhu & Gupta 2017), the largest weights stay."""
+        """The masks of this step: ``s_t = s (1 - (1 - t / T)^3)`` (Zhu & Gupta 2017).
+
+        The largest weights stay. Of levels by the Fisher matrix those stay that the loss feels most *now*, the others in their
+        block make good what goes, and what is gone does not come back (oBERT, Kurtic et al. 2022).
+        """
         if step > self.grown or (step % self.every and step != self.grown):
             return
         share = 1 - (1 - step / self.grown) ** 3 if self.grown else 1.0
-        for part, mask, level in self.layers:
-            raw = part.parametrizations["weight"].original.detach()
-            flat, area = raw.flatten(1), raw[0, 0].numel()
-            mask.mask = prune(flat, at(level, share), None, area)[1].reshape(raw.shape)
+        asked = {name: _raw(part) for name, part, _, level in self.layers if share and level.by == "fisher"}
+        moments = self.moments(asked) if asked else {}
+        for name, part, mask, level in self.layers:
+            weight = _raw(part).detach()
+            flat, area, fisher = weight.flatten(1), weight[0, 0].numel(), None
+            if name in moments:
+                flat, fisher = (flat * mask.mask.flatten(1)).double(), damped(moments[name], weight)
+            new, live = prune(flat, at(level, share, "fisher" if fisher else "magnitude"), None, area, fisher)
+            mask.mask = live.reshape(weight.shape)
+            if fisher:
+                weight.copy_(new.reshape(weight.shape))
 
 
-def at(level: Sparse, share: float) -> Sparse:
+def _raw(part: Any) -> Tensor:
+    """The weight that is trained, before its mask."""
+    return cast(Tensor, part.parametrizations["weight"].original)
+
+
+def at(level: Sparse, share: float, by: By = "magnitude") -> Sparse:
     """The level when so much of its way is done: of N:M levels, N comes down."""
     if level.of:
-        return replace(level, keep=level.of - round((level.of - level.keep) * share), by="magnitude")
-    return replace(level, sparsity=level.sparsity * share, by="magnitude")
+        return replace(level, keep=level.of - round((level.of - level.keep) * share), by=by)
+    return replace(level, sparsity=level.sparsity * share, by=by)

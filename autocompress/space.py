@@ -39,6 +39,7 @@ from autocompress.methods import (
 )
 from autocompress.methods.grouped import best_split
 from autocompress.methods.inputs import input_levels, readers
+from autocompress.methods.pq import sap_sparsities
 from autocompress.methods.pruning import width_levels
 from autocompress.methods.sparsity import By
 from autocompress.results import ALL_FAMILIES, METHOD_FAMILIES, Importance
@@ -79,6 +80,8 @@ SPARSE_BY: dict[str, By] = {
     "sparse-chita": "chita",
     "sparse-fisher": "fisher",
 }
+SAP_ROUNDS = (8, 16, 32, 64, 128)
+"""After which a layer's sparsity by its PQ index becomes a level: of normal weights 44, 57, 70, 81 and 90 %."""
 RATE_STEPS = (15, 7, 3)
 """Integers either way that weights have before they are packed: about 4.3, 3.2 and 2 bits each."""
 
@@ -173,6 +176,9 @@ def layer_levels(
             levels += [Level((Sparse(sparsity, by=by),)) for sparsity in SPARSITIES]
             levels += [Level((Sparse(keep / of, keep, of, by),)) for keep, of in PATTERNS]
             levels += [Level((Sparse(SPARSITIES[0], by=by), step)) for step in rounded if step.fitted]
+    if "sparse-pq" in families:
+        shares = dict.fromkeys(round(share, 2) for share in sap_sparsities(_weight(graph, layer), SAP_ROUNDS))
+        levels += [level for share in shares if 0 < share < 1 and (level := Level((Sparse(share),))) not in levels]
     if "rate" in families:
         levels += [Level((RateDistortion(steps), WeightQuant(8))) for steps in RATE_STEPS]
     return tuple(levels)

@@ -31,7 +31,7 @@ from autocompress.graph import Graph, trace
 from autocompress.hwprofiles import compare
 from autocompress.onnx_file import open_session
 from autocompress.results import Importance
-from autocompress.space import make_space
+from autocompress.space import SAP_ROUNDS, make_space
 from autocompress.tasks import Task
 from autocompress.types import Plan, SearchSpace
 
@@ -44,7 +44,7 @@ SECONDS = 20
 COSTS = ("weight_bits", "params", "macs")
 
 
-def plans(space: SearchSpace) -> Iterator[tuple[str, Plan]]:
+def plans(space: SearchSpace, family: str) -> Iterator[tuple[str, Plan]]:
     """Each label that layers have, at all that have it; widths at the level that is nearest to a share."""
     if all(site.kind == "channels" for site in space.sites):
         for share in WIDTHS:
@@ -53,6 +53,10 @@ def plans(space: SearchSpace) -> Iterator[tuple[str, Plan]]:
                 for site, levels in zip(space.sites, space.levels, strict=True)
             ]  # fmt: skip
             yield f"{100 * share:g}% of the width", tuple(nearest)
+        return
+    if family == "sparse-pq":  # a layer has fewer levels where its rounds end alike
+        for i, rounds in enumerate(SAP_ROUNDS, 1):
+            yield f"{rounds} rounds of SAP", tuple(min(i, n - 1) for n in space.n_levels)
         return
     labels = dict.fromkeys(level.label for levels in space.levels for level in levels[1:])
     for label in labels:
@@ -82,7 +86,7 @@ def rows(task: Task, graph: Graph, family: str, known: dict[str, Any]) -> Iterat
         task.report.take(JUDGED[task.name]),
     )
     dense = costs.in_units(space.dense)
-    for label, plan in plans(space):
+    for label, plan in plans(space, name):
         key = f"{family} {label}"
         if key in known:
             continue

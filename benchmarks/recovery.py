@@ -40,6 +40,7 @@ PLANS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ("logits", "labels,logits=0", "labels", "labels,dot", "features", "attention", "theseus", "shrink", "wid"),
     ),
     "90% sparse by magnitude": ("sparse-magnitude", "90% sparse by magnitude", ("logits", "gradual")),
+    "90% sparse by fisher": ("sparse-fisher", "90% sparse by fisher", ("logits", "gradual")),
     "2-bit weights, nearest": (
         "w2-nearest",
         "2-bit weights in groups of 64",

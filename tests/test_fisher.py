@@ -15,7 +15,7 @@ from autocompress.database import LevelDatabase
 from autocompress.deploy import deploy
 from autocompress.evaluate import Measurer
 from autocompress.finish import finish
-from autocompress.graph import trace
+from autocompress.graph import Graph, trace
 from autocompress.methods import LayerContext, LowRank, Sparse, fisher, handler_of
 from autocompress.methods.base import forms_of
 from autocompress.methods.fisher import BlockFisher, block_moments, damped
@@ -25,6 +25,10 @@ from tests.test_methods import MethodContract, correlated, gram_of, layers
 from tests.test_sparsity import plan_of
 
 LOSS = nn.CrossEntropyLoss()
+
+
+def weights_of(graph: Graph) -> dict[str, Tensor]:
+    return {name: graph.module.get_submodule(name).weight for name in graph.layers}  # type: ignore[misc]
 
 
 def largest(count: int):  # type: ignore[no-untyped-def]
@@ -123,7 +127,7 @@ def test_blocks_are_of_each_examples_gradient(monkeypatch: pytest.MonkeyPatch) -
         yield from task.batches(task.calibration.take(5), 3)
 
     name = "layer1.0.conv1"
-    found = block_moments(graph.module, graph.layers, batches(), task.loss)
+    found = block_moments(graph.module, weights_of(graph), batches(), task.loss)
     weight = graph.module.get_submodule(name).weight
     blocks = found[name]
     count, size = blocks.shape[1:3]
@@ -143,7 +147,7 @@ def test_large_models_get_smaller_blocks_at_last_the_diagonal(monkeypatch: pytes
     task = networks.task("resnet-b", n=2)
     graph = trace(task.model, task.example_inputs)
     monkeypatch.setattr(fisher, "FISHER_BYTES", 1)
-    found = block_moments(graph.module, graph.layers, task.batches(task.calibration.take(2), 2), task.loss)
+    found = block_moments(graph.module, weights_of(graph), task.batches(task.calibration.take(2), 2), task.loss)
     assert {blocks.shape[-1] for blocks in found.values()} == {1}
 
 

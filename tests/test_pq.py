@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from autocompress.errors import UsageError
-from autocompress.methods.pq import pq_index
+from autocompress.graph import trace
+from autocompress.methods import Sparse
+from autocompress.methods.pq import pq_index, sap_sparsities
+from autocompress.space import SAP_ROUNDS, make_space
+from tests import networks
 
 numbers = st.lists(st.floats(-100, 100).map(lambda v: round(v, 3)), min_size=1, max_size=40)
 exponents = st.tuples(st.floats(0.1, 2.0), st.floats(0.1, 2.0)).map(lambda pair: (pair[0], pair[0] + pair[1]))
@@ -68,3 +74,38 @@ def test_nothing_is_zero_and_exponents_have_an_order() -> None:
     assert pq_index(torch.zeros(5)) == pq_index(torch.zeros(0)) == 0
     with pytest.raises(UsageError, match="0 < p < q, got p = 1"):
         pq_index(torch.ones(3), 1.0, 0.5)
+
+
+@given(values=numbers, rounds=st.integers(1, 8))
+def test_saps_rounds_one_by_one(values: list[float], rounds: int) -> None:
+    w = torch.tensor(values, dtype=torch.float64)
+    kept = w.abs().sort(descending=True).values
+    for _ in range(rounds if w.any() else 0):
+        left = len(kept) * (1 - pq_index(kept))
+        kept = kept[: max(1, math.ceil(left - 1e-6))]
+    assert sap_sparsities(w, (rounds,)) == (pytest.approx(1 - len(kept) / len(w)),)
+
+
+def test_unequal_layers_are_offered_more_and_rounds_only_add() -> None:
+    normal = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
+    few, many = sap_sparsities(normal, SAP_ROUNDS), sap_sparsities(normal**3, SAP_ROUNDS)
+    assert list(few) == sorted(few) and all(a < b for a, b in zip(few, many, strict=True))
+    assert few == pytest.approx((0.44, 0.57, 0.70, 0.81, 0.90), abs=0.01)
+    assert sap_sparsities(torch.ones(30), (1, 9)) == sap_sparsities(torch.zeros(30), (1, 9)) == (0.0, 0.0)
+
+
+def test_each_layer_is_offered_what_its_index_says() -> None:
+    """Levels differ between layers, one that ``sparse`` offers, too, is there once, and equal weights have none."""
+    task = networks.task("resnet-b", n=8)
+    graph = trace(task.model, task.example_inputs)
+    with torch.no_grad():
+        graph.module.get_submodule("layer1.0.conv1").weight.fill_(0.1)  # type: ignore[operator]
+        graph.module.get_submodule("layer1.0.conv2").weight.pow_(5)  # type: ignore[operator]
+    space = make_space(graph, ("sparse-pq",))
+    found = {site.name: levels for site, levels in zip(space.sites, space.levels, strict=True)}
+    assert "layer:layer1.0.conv1" not in found
+    steps = {name: [level.steps[0] for level in levels[1:]] for name, levels in found.items()}
+    assert all(isinstance(step, Sparse) and step.by == "sparsegpt" for each in steps.values() for step in each)
+    assert steps["layer:layer1.0.conv2"][0].sparsity > steps["layer:layer2.0.conv1"][0].sparsity  # type: ignore[attr-defined]
+    both = make_space(graph, ("sparse", "sparse-pq"))
+    assert all(len(set(levels)) == len(levels) for levels in both.levels)

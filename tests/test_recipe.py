@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -400,7 +401,7 @@ def test_gradients_pass_the_originals_blocks_and_leave_them_as_they_are(decoder:
 
 
 def test_the_share_of_own_blocks_grows_to_one(database: LevelDatabase) -> None:
-    schedule = Schedule(database.stitch(database.space.dense), Recipe(theseus=0.5), 100, {})
+    schedule = Schedule(database.stitch(database.space.dense), Recipe(theseus=0.5), 100, {}, dict)
     shares = [schedule.own(step) for step in range(100)]
     assert shares[0] == 0.5 and shares == sorted(shares) and shares[30] == pytest.approx(0.75)
     assert set(shares[60:]) == {1.0}
@@ -446,6 +447,42 @@ def test_a_gradual_recovery_ends_at_the_level(sparse: LevelDatabase, label: str)
     mine, theirs = masks(before), masks(after)
     assert {k: int(m.sum()) for k, m in mine.items()} == {k: int(m.sum()) for k, m in theirs.items()}
     assert judged(sparse, after) <= judged(sparse, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", ["80% sparse by fisher", "2:4 sparse by fisher"])
+def test_a_gradual_recovery_asks_the_fisher_matrix_anew(label: str, tmp_path: Path) -> None:
+    """Each update has gradients of the network as it is then; what is gone stays gone, what lives makes it good."""
+    task = networks.task("resnet-b", n=64)
+    graph = trace(task.model, task.example_inputs)
+    database = LevelDatabase(graph, make_space(graph, ("sparse-fisher",)), task, tmp_path)
+    database.build()
+    plan = uniform(database.space, label)
+    run = training(database, plan, "gradual=0.6", steps=30, learning_rate=0.01)
+    measure, asked = run.schedule.moments, list[dict[str, Tensor]]()
+
+    def moments(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        asked.append(dict(measure(weights)))
+        return asked[-1]
+
+    run.schedule.moments = moments
+    before, changes = dict[str, Tensor](), 0
+    name = "layer1.0.conv1"
+    for step in range(30):
+        layer = run.model.get_submodule(name)
+        weights = layer.weight.detach().clone()  # type: ignore[operator]
+        run.schedule.mask(step)
+        now = masks(run.model)
+        assert all((now[key] <= before.get(key, now[key])).all() for key in now)
+        mask = now[f"{name}.parametrizations.weight.0"]
+        if before and not torch.equal(mask, before[f"{name}.parametrizations.weight.0"]):
+            assert not torch.equal(layer.weight[mask], weights[mask])  # type: ignore[index]
+            changes += 1
+        before = now
+    assert changes >= 2 and len(asked) == 9 and not torch.equal(asked[0][name], asked[-1][name])
+    assert {k: int(m.sum()) for k, m in masks(database.stitch(plan)).items()} == {
+        k: int(m.sum()) for k, m in before.items()
+    }
 
 
 def test_the_schedule_is_zhu_and_guptas() -> None:

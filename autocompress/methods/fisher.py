@@ -11,7 +11,7 @@ Unlike a Gram matrix this tells one output from another, and depthwise layers ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -82,9 +82,8 @@ def damped(second: Tensor, weight: Tensor) -> BlockFisher:
     return BlockFisher(finite.double() + ridge * torch.eye(second.shape[-1], dtype=torch.float64), torch.arange(n))
 
 
-def block_moments(model: nn.Module, names: Iterable[str], batches: Batches, loss: Loss) -> dict[str, Tensor]:
-    """``1/m sum g g^T`` of every layer's weight in blocks along its rows, one backward pass an example.  # (rows, count, b, b)"""
-    weights: Mapping[str, Tensor] = {name: model.get_submodule(name).weight for name in names}  # type: ignore[misc]
+def block_moments(model: nn.Module, weights: Mapping[str, Tensor], batches: Batches, loss: Loss) -> dict[str, Tensor]:
+    """``1/m sum g g^T`` of a model's weights in blocks along their rows, one backward pass an example.  # (rows, count, b, b)"""
     largest = FISHER_BYTES // (4 * max(1, sum(weight.numel() for weight in weights.values())))
     found, waiting = dict[str, Tensor](), dict[str, list[Tensor]]()
     shape = {}

@@ -7,6 +7,9 @@ with the defaults that is a share of ``(1 - I) / (1 + eta)^2``.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from autocompress.errors import UsageError
@@ -23,3 +26,21 @@ def pq_index(weights: Tensor, p: float = 0.5, q: float = 1.0) -> float:
     shares = magnitudes / largest
     norms: list[float] = [float(shares.pow(r).mean()) ** (1 / r) for r in (p, q)]  # the factor of d is in the means
     return max(0.0, 1.0 - norms[0] / norms[1])
+
+
+def sap_sparsities(weights: Tensor, rounds: Iterable[int]) -> tuple[float, ...]:
+    """What share of the weights SAP has pruned after so many rounds, without training in between.
+
+    Each round keeps what the bound with ``eta = 0`` says of the weights that are left: a share of ``1 - I``, and at least one.
+    """
+    magnitudes = weights.detach().double().abs().flatten().sort(descending=True).values
+    total = len(magnitudes)
+    if not total or not float(magnitudes[0]):
+        return tuple(0.0 for _ in rounds)
+    roots, sums = magnitudes.sqrt().cumsum(0), magnitudes.cumsum(0)
+    kept = [total]
+    for _ in range(max(rounds := tuple(rounds))):
+        n = kept[-1]
+        left = float(roots[n - 1]) ** 2 / float(sums[n - 1])  # n (1 - I) for p = 1/2, q = 1
+        kept.append(max(1, min(n, math.ceil(left - 1e-9 * n))))
+    return tuple(1 - kept[r] / total for r in rounds)
