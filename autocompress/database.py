@@ -127,8 +127,8 @@ class LevelDatabase:
             self._checkpoint(progress, cancelled, done, total)
             path = self.folder / f"gram_{done:03d}.safetensors"
             if not path.exists():
-                self._save(path, self._measure_grams(names))
-            self._grams.update(self._load(path))
+                self.save(path, self._measure_grams(names))
+            self._grams.update(self.load(path))
         self._checkpoint(progress, cancelled, len(chunks), total)
         stem = f"{self.importance}{'_data_free' * self.data_free}"
         plain = [group for group in self.graph.groups if not group.carried]
@@ -137,8 +137,8 @@ class LevelDatabase:
             self._orders |= self._kept_orders(self.folder / f"widths_{stem}.safetensors", widths)
             path = self.folder / "energy.safetensors"
             if not path.exists():
-                self._save(path, self._measure_energy() or {"none": torch.zeros(0)})
-            self._energy = self._load(path)
+                self.save(path, self._measure_energy() or {"none": torch.zeros(0)})
+            self._energy = self.load(path)
         if self._readers:
             path = self.folder / f"orders_{stem}_inputs.safetensors"
             found = self._kept_orders(path, tuple(self._readers.values()))
@@ -149,8 +149,8 @@ class LevelDatabase:
             if not path.exists():
                 module, batches = self.graph.module, self._labelled(FISHER_IMAGES)
                 weights = {name: cast(Tensor, module.get_submodule(name).weight) for name in self.graph.layers}
-                self._save(path, block_moments(module, weights, batches, self.task.loss))
-            self._fisher = self._load(path)
+                self.save(path, block_moments(module, weights, batches, self.task.loss))
+            self._fisher = self.load(path)
         if progress:
             progress(total, total)
 
@@ -163,7 +163,7 @@ class LevelDatabase:
         if cancelled and cancelled():
             raise Cancelled("Stopped while building the level database; the same command continues there.")
 
-    def _save(self, path: Path, tensors: dict[str, Tensor]) -> None:
+    def save(self, path: Path, tensors: dict[str, Tensor]) -> None:
         def write(temporary: Path) -> None:
             try:
                 save_file(tensors, temporary)
@@ -172,7 +172,7 @@ class LevelDatabase:
 
         write_atomically(path, write)
 
-    def _load(self, path: Path) -> dict[str, Tensor]:
+    def load(self, path: Path) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except Exception as error:
@@ -253,8 +253,8 @@ class LevelDatabase:
         """Channel positions of each group, most important first; measured where they are not on disk yet."""
         if not path.exists():
             orders = {name: torch.from_numpy(order) for name, order in self._measure_orders(groups).items()}
-            self._save(path, orders or {"none": torch.zeros(0)})
-        return {name: order.numpy() for name, order in self._load(path).items()}
+            self.save(path, orders or {"none": torch.zeros(0)})
+        return {name: order.numpy() for name, order in self.load(path).items()}
 
     def _measure_orders(self, groups: Sequence[Group]) -> dict[str, npt.NDArray[np.int64]]:
         if self.importance == "obs":

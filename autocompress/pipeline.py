@@ -25,6 +25,7 @@ from autocompress.files import make_folder, write_text
 from autocompress.hwprofiles import recalibrated
 from autocompress.inherit import uninherited
 from autocompress.ledger import JobLedger, NoLedger, Shared, Start, started
+from autocompress.level_errors import level_errors
 from autocompress.models import Models
 from autocompress.precision import allowed
 from autocompress.prepare import Prepared, prepare, recovery_of
@@ -259,7 +260,7 @@ class _Run:
 
     def _controller(self, name: str, budgets: Sequence[Budget]) -> Controller:
         controller = CONTROLLERS[name](self.made.space, self.made.costs, budgets, self.request.seed)
-        controller.learn(self.known)
+        controller.learn(self.known, level_errors(self.made.database))
         return controller
 
     def _search(self, racer: Racer, budgets: Sequence[Budget]) -> None:

@@ -533,6 +533,10 @@ class SoftEvaluator(Evaluator, Protocol):
         ...
 
 
+LevelErrors = Mapping[int, tuple[float, ...]]
+"""Site -> the relative output error of each of its levels, dense first; of sites where something is known without judging."""
+
+
 class Controller(Protocol):
     """A search algorithm: it sees a space, costs and evaluations, never a model.
 
@@ -547,8 +551,8 @@ class Controller(Protocol):
         """The answers to the last :meth:`ask`, in its order."""
         ...
 
-    def learn(self, known: Sequence[Evaluation]) -> None:
-        """What earlier searches on the same model have judged; before the first :meth:`ask`."""
+    def learn(self, known: Sequence[Evaluation], errors: LevelErrors | None = None) -> None:
+        """What earlier searches on the same model have judged, and what is known of levels; before the first :meth:`ask`."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from autocompress.files import cache_dir
 from autocompress.fitness import Soft, logits
 from autocompress.graph import trace
 from autocompress.hwprofiles import HardwareProfile, load_profile, measure_local
+from autocompress.level_errors import level_errors
 from autocompress.prepare import kernels_of, offered
 from autocompress.results import METHOD_FAMILIES, Request
 from autocompress.search import CONTROLLERS, ParetoFront, run
@@ -141,6 +142,7 @@ def one(setting: Setting, controller: str, seed: int, seconds: float) -> tuple[d
     recorder = Recorder(evaluator)
     front = ParetoFront([Objective("loss"), Objective(setting.budgets[0].key)])
     search = CONTROLLERS[controller](space, costs, setting.budgets, seed)
+    search.learn((), level_errors(database))
     outcome = run(search, recorder, front, minutes=seconds / 60, batch=4, clock=time.process_time)
     row: dict[str, Any] = {
         "controller": controller,

@@ -42,8 +42,13 @@ class Auto(Evolution):
     goal_share = 0.85
     initial = 24
     """Plans judged before the first prediction, one to four mutations away from the start."""
-    climbs = 4
-    """Rounds of mutation of the candidates that the model likes best, before any of them is judged."""
+    candidates = 64
+    """Mutations a round."""
+    climbs = (4, 16)
+    """Rounds of mutation of the candidates that the model likes best, before any of them is judged: fewest and most. They
+    become more as more is known: a model that knows little is not to be followed far."""
+    known_a_climb = 25
+    """Plans judged for each round."""
     parents = 6
     worth = 18
     """Plans judged on a slice for one at ``full``: that rung then costs a third of the time."""
@@ -155,7 +160,7 @@ class Auto(Evolution):
             for part, loss in losses.items():
                 if math.isfinite(loss):
                     observed[part][e.plan] = loss - dense[part]
-        model = Process(self.space, self.orders)
+        model = Process(self.space, self.orders, self.errors)
         model.fit(observed)
         return model
 
@@ -205,8 +210,9 @@ class Auto(Evolution):
         if self.pool is not None:
             return self._fresh(self.pool, limit)
         first, found = starts[0], dict[Plan, float]()
-        for _ in range(self.climbs):
-            each = max(self.candidates // self.climbs // len(starts), 4)
+        fewest, most = self.climbs
+        for _ in range(min(max(len(self.seen) // self.known_a_climb, fewest), most)):
+            each = max(self.candidates // len(starts), 4)
             raw = dict.fromkeys(self.space.effective(self._mutate(s)) for s in starts for _ in range(each))
             fresh = [p for p in self._fresh(list(raw), limit) if p not in found]
             if fresh:

@@ -26,6 +26,7 @@ from autocompress.types import (
     Costs,
     Evaluation,
     Fidelity,
+    LevelErrors,
     Plan,
     Query,
     SearchSpace,
@@ -57,6 +58,8 @@ class BaseController(ABC):
         self.seen: dict[tuple[Fidelity, Plan], Evaluation] = {}
         self.known: tuple[Evaluation, ...] = ()
         """What :meth:`learn` was told, for controllers that make use of it; what is in it may be asked all the same."""
+        self.errors: LevelErrors = {}
+        """What is known of single levels; the same holds."""
         self._slopes: list[SoftEvaluation] = []
         self._decisions: list[list[int] | None] = []
         self._recalled: list[list[int] | None] = []
@@ -88,11 +91,14 @@ class BaseController(ABC):
         self._asked = self._group[start : start + n]
         return list(self._asked)
 
-    def learn(self, known: Sequence[Evaluation]) -> None:
-        """What earlier searches on the same model have judged; raises ``UsageError`` after the first :meth:`ask`."""
+    def learn(self, known: Sequence[Evaluation], errors: LevelErrors | None = None) -> None:
+        """What earlier searches on the same model have judged, and the output errors of levels.
+
+        Raises ``UsageError`` after the first :meth:`ask`.
+        """
         if self._told or self._over:
             raise UsageError("learn() comes before the first ask(); this search has begun.")
-        self.known = tuple(known)
+        self.known, self.errors = tuple(known), dict(errors or {})
 
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
         """The answers to the last :meth:`ask`, in its order. A loss that is not a number counts as infeasible."""
@@ -117,6 +123,7 @@ class BaseController(ABC):
             "seed": self.seed,
             "rng": _rng_to_json(self.rng),
             "known": [_to_json(e) for e in self.known],
+            "errors": {str(site): list(row) for site, row in self.errors.items()},
             "told": [_to_json(e) for e in self.seen.values()],
             "slopes": [[*_to_json(e), list(e.probabilities), list(e.gradient)] for e in self._slopes],
             "decisions": list(self._decisions),
@@ -135,6 +142,7 @@ class BaseController(ABC):
                 )
         told = [_from_json(item) for item in state["told"]]
         self.known = tuple(_from_json(item) for item in state.get("known", []))
+        self.errors = {int(site): tuple(row) for site, row in state.get("errors", {}).items()}
         slopes: list[Evaluation] = [_soft_from_json(item) for item in state["slopes"]]
         self._restart()
         self._recalled = list(state["decisions"])

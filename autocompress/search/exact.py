@@ -42,7 +42,7 @@ class TableSearch(BaseController):
             self.targets: list[IntArray] = [goal, *([middle, *rest] if self.limits.limited else rest)]
         else:
             self.targets = [limit, *target_ladder(self.dense_cost, limit, floor, self.n_before, self.n_beyond)]
-        self.one_site = OneSite(self.space, self.tables)
+        self.one_site = OneSite(self.space, self.tables, self.errors)
         self.orders = self.one_site.by_saving
         self.plans: dict[int, Plan] = {}  # target -> its last solution
 

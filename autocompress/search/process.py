@@ -6,6 +6,9 @@ different examples tell of each other. All of it happens in roots of losses: to 
 The kernel is a squared exponential over levels coded as thermometers: two levels of one method are as far apart as there are
 levels between them, levels of different methods as far as both are from dense. How much of each level all layers have together
 counts, too: what a format costs in one layer tells of the others. Its length scale and its noise are the likeliest.
+
+Where output errors of levels are known, half of a squared distance is in their roots: levels that do little are near each other.
+And the mean is then a line in the root of a plan's summed errors, by generalized least squares.
 """
 
 from __future__ import annotations
@@ -18,12 +21,14 @@ import numpy as np
 from scipy.linalg import cho_solve, solve_triangular
 
 from autocompress.search.tables import FloatArray
-from autocompress.types import Plan, SearchSpace
+from autocompress.types import LevelErrors, Plan, SearchSpace
 
-SCALES = (1.0, 1.5, 2.5, 4.0, 6.5)
+SCALES = (0.5, 1.0, 1.5, 2.5, 4.0, 6.5)
 """Length scales that are tried; a site's most compressed level is 1 from dense."""
 NOISES = (0.01, 0.05, 0.2)
 """Variance of a root on one slice that no plan explains, as a share of its variance over plans."""
+RIDGE = 1e-3
+"""On the mean, so that two alike columns are no trouble."""
 MEMORY = 400
 """Plans kept: the ones of least loss, for they are near where the search is."""
 
@@ -32,12 +37,16 @@ Observations = Sequence[Mapping[Plan, float]]
 
 
 class Process:
-    """``orders``: levels of each site from the costliest to the most saving."""
+    """``orders``: levels of each site from the costliest to the most saving; ``errors``: output errors of levels."""
 
-    def __init__(self, space: SearchSpace, orders: Sequence[Sequence[int]]) -> None:
+    def __init__(self, space: SearchSpace, orders: Sequence[Sequence[int]], errors: LevelErrors | None = None) -> None:
         scales = [_scales(space, site, order) for site, order in enumerate(orders)]
         self.codes = [_thermometer(n, found) for n, found in zip(space.n_levels, scales, strict=True)]
         self.common = _common(space, scales, self.codes)
+        self.errors = {site: np.array(row, float) for site, row in (errors or {}).items()}
+        typical = np.sqrt(np.mean([row.max() for row in self.errors.values()] or [1.0]) or 1.0)
+        for site, row in self.errors.items():
+            self.codes[site] = np.column_stack([self.codes[site], np.sqrt(row) / typical]) * np.sqrt(0.5)
         self.coded: FloatArray | None = None
 
     def fit(self, observed: Observations) -> None:
@@ -47,16 +56,21 @@ class Process:
             return
         plans = sorted(known, key=lambda p: (known[p][0], p))[:MEMORY]
         roots, times = np.array([known[p] for p in plans], float).T
-        self.mean, self.coded = float(roots.mean()), self._coded(plans)
-        rest, distances = roots - self.mean, _distances(self.coded, self.coded)
+        self.coded, basis = self._coded(plans), self._basis(plans)
+        distances, ridge = _distances(self.coded, self.coded), RIDGE * np.eye(basis.shape[1])
         best = -np.inf
         for scale, noise in itertools.product(SCALES, NOISES):
             lower = np.linalg.cholesky(np.exp(-distances / (2 * scale**2)) + np.diag(noise / times))
+            whitened = cho_solve((lower, True), basis)
+            line = np.linalg.solve(basis.T @ whitened + ridge, whitened.T @ roots)
+            line[1:] = np.maximum(line[1:], 0)
+            rest = roots - basis @ line
             weights = cho_solve((lower, True), rest)
             variance = max(float(rest @ weights) / len(rest), 1e-12)
             likelihood = -0.5 * len(rest) * np.log(variance) - np.log(lower.diagonal()).sum()
             if likelihood > best:
-                best, self.scale, self.variance, self.lower, self.weights = likelihood, scale, variance, lower, weights
+                best, self.scale, self.variance, self.lower = likelihood, scale, variance, lower
+                self.weights, self.line = weights, line
 
     def predict(self, plans: Sequence[Plan]) -> tuple[FloatArray, FloatArray]:
         """The loss of plans, and the loss if what is not known of them were in their favour: a standard deviation below.
@@ -68,8 +82,17 @@ class Process:
         across = np.exp(-_distances(self._coded(plans), self.coded) / (2 * self.scale**2))
         explained = solve_triangular(self.lower, across.T, lower=True)
         spread = np.sqrt(self.variance * np.maximum(1 - (explained**2).sum(axis=0), 0))
-        root = self.mean + across @ self.weights
+        root = self._basis(plans) @ self.line + across @ self.weights
         return _square(root), _square(root - spread)
+
+    def _basis(self, plans: Sequence[Plan]) -> FloatArray:
+        """What the mean is made of: one, and the root of a plan's summed errors where some are known.  # (n_plans, 1 or 2)"""
+        ones = np.ones((len(plans), 1))
+        if not self.errors:
+            return ones
+        chosen = np.asarray(plans, np.int64).reshape(len(plans), -1)
+        total = np.sum([row[chosen[:, site]] for site, row in self.errors.items()], axis=0)
+        return np.column_stack([ones, np.sqrt(total)])
 
     def _coded(self, plans: Sequence[Plan]) -> FloatArray:
         chosen = np.asarray(plans, np.int64).reshape(len(plans), -1)

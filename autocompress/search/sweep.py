@@ -13,17 +13,18 @@ import math
 import numpy as np
 
 from autocompress.search.tables import CostTables, FloatArray, switch
-from autocompress.types import Plan, SearchSpace
+from autocompress.types import LevelErrors, Plan, SearchSpace
 
 
 class OneSite:
     """Losses of one-site plans above the dense model's, and the order of measuring them.
 
-    ``saved``: share of the cost that an option saves  # (n_options,); options that save nothing are not measured.
+    ``errors``: output errors of levels, which say something before anything is measured. ``saved``: share of the cost that an
+    option saves  # (n_options,); options that save nothing are not measured.
     """
 
-    def __init__(self, space: SearchSpace, tables: CostTables) -> None:
-        self.space, self.tables = space, tables
+    def __init__(self, space: SearchSpace, tables: CostTables, errors: LevelErrors | None = None) -> None:
+        self.space, self.tables, self.errors = space, tables, errors or {}
         contexts = [space.dense]
         dense = np.maximum(tables.dense, 1)
         for column in range(len(tables.columns)):
@@ -61,8 +62,9 @@ class OneSite:
         """A loss for every option; measured ones as they are, broken ones prohibitive.  # (n_options,)"""
         finite = {key: loss for key, loss in self.measured.items() if math.isfinite(loss)}
         shared = self._by_hash(finite)
-        scale = self._prior_scale(finite)
-        out = np.concatenate([self._site_losses(s, finite, shared, scale) for s in range(len(self.space.sites))])
+        scales = {known: self._prior_scale(finite, known) for known in (False, True)}
+        sites = range(len(self.space.sites))
+        out = np.concatenate([self._site_losses(s, finite, shared, scales[s in self.errors]) for s in sites])
         broken = [key for key in self.measured if key not in finite]
         worst = 2.0 * float(np.abs(out).max(initial=0.0)) * max(len(self.space.sites), 1) + 1.0
         for site, level in broken:
@@ -100,16 +102,21 @@ class OneSite:
         return order
 
     def _prior(self, site: int) -> FloatArray:
-        """Quadratic in the site's own share of saving, as SPDY's prior is in its level.  # (n_levels,)"""
+        """The site's output errors; else quadratic in its own share of saving, as SPDY's prior is in its level.  # (n_levels,)"""
         saved = self._saved(site)
         most = float(saved.max(initial=0.0))
         prior = (saved / most) ** 2 if most > 0 else np.zeros(len(saved))
+        if site in self.errors:
+            prior = np.array(self.errors[site], float)
         prior[1:] += 1e-3  # a compressed level is never free before it was measured
         prior[0] = 0.0
         return prior
 
-    def _prior_scale(self, finite: dict[tuple[int, int], float]) -> float:
-        ratios = [max(loss, 0.0) / self._prior(site)[level] for (site, level), loss in sorted(finite.items())]
+    def _prior_scale(self, finite: dict[tuple[int, int], float], known: bool) -> float:
+        """Losses against priors, of sites whose output errors are ``known`` or of the others."""
+        measured = sorted(finite.items())
+        alike = [item for item in measured if (item[0][0] in self.errors) == known] or measured
+        ratios = [max(loss, 0.0) / self._prior(site)[level] for (site, level), loss in alike]
         return max(float(np.median(ratios)), 1e-9) if ratios else 1.0
 
     def _by_hash(self, finite: dict[tuple[int, int], float]) -> dict[str, float]:
