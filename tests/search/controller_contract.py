@@ -112,7 +112,8 @@ class ControllerContract:
     def test_what_is_known_is_told_before_the_first_ask_and_stays_in_the_state(self) -> None:
         one, evaluator = self.make(pairs=0.3)
         known = evaluator([Query(LARGE.dense, "slice"), Query((1,) * len(LARGE.sites), "full")])
-        one.learn(known)
+        errors = {0: tuple(0.1 * i for i in range(LARGE.n_levels[0]))}
+        one.learn(known, errors)
         if queries := one.ask(3):
             one.tell(evaluator(queries))
         with pytest.raises(UsageError, match="before the first ask"):
@@ -120,7 +121,7 @@ class ControllerContract:
         state = json.loads(json.dumps(one.state_dict(), allow_nan=False))
         other, _ = self.make(pairs=0.3)
         other.load_state_dict(state)
-        assert isinstance(other, BaseController) and other.known == tuple(known)
+        assert isinstance(other, BaseController) and (other.known, other.errors) == (tuple(known), errors)
         assert one.ask(5) == other.ask(5)
 
     def test_a_state_of_something_else_is_refused(self) -> None:

@@ -95,6 +95,26 @@ def test_hard_slices_are_told_from_bad_plans() -> None:
     assert [found[p][1] for p in plans[:4]] == [2, 2, 1, 1]
 
 
+def ordered(seed: int) -> list[float]:
+    """How well a process orders plans from twelve known ones: told of all sites' output errors up to a factor, of half, of none."""
+    rng, space = np.random.default_rng(seed), space_of(*[5] * 12)
+    harm = [np.cumsum(np.r_[0.0, row]) * 10.0 ** rng.uniform(-3, 0) for row in rng.uniform(0.5, 1.5, (12, 4))]
+    plans = [tuple(int(v) for v in rng.integers(0, 5, 12)) for _ in range(80)]
+    loss = {plan: sum(float(row[v]) for row, v in zip(harm, plan, strict=True)) for plan in plans}
+    errors = {site: tuple(float(v) * 3 * 2 ** rng.uniform(-1, 1) for v in row) for site, row in enumerate(harm)}
+    found = []
+    for told in (errors, {site: errors[site] for site in range(0, 12, 2)}, {}):
+        model = Process(space, [list(range(5))] * 12, told)
+        model.fit([{plan: loss[plan] for plan in plans[:12]}])
+        found.append(float(spearmanr([loss[p] for p in plans[12:]], model.predict(plans[12:])[0]).statistic))
+    return found
+
+
+def test_output_errors_tell_what_few_plans_cannot() -> None:
+    whole, half, none = np.mean([ordered(seed) for seed in range(6)], axis=0)
+    assert whole > 0.75 and whole > half > none
+
+
 def test_without_data_it_predicts_nothing_and_does_not_fail() -> None:
     model = Process(SPACE, ORDERS)
     model.fit([{}, {}])
