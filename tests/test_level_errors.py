@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def test_levels_only_add_and_single_layers_have_none(database: LevelDatabase) ->
     assert {sites[site].kind for site in errors} == {"channels", "block"}
     for site, row in errors.items():
         assert len(row) == database.space.n_levels[site] and row[0] == 0.0
-        assert all(a <= b + 1e-9 for a, b in zip(row, row[1:], strict=False)), "widths come from the widest on"
+        assert all(a <= b + 1e-9 for a, b in itertools.pairwise(row)), "widths come from the widest on"
     assert all(row[1] > 0 for site, row in errors.items() if sites[site].kind == "block")
 
 

@@ -96,7 +96,7 @@ def test_hard_slices_are_told_from_bad_plans() -> None:
 
 
 def ordered(seed: int) -> list[float]:
-    """How well a process orders plans from twelve known ones: told of all sites' output errors up to a factor, of half, of none."""
+    """How well a process orders plans from twelve known ones: told of all sites' output errors, of half of them, of none."""
     rng, space = np.random.default_rng(seed), space_of(*[5] * 12)
     harm = [np.cumsum(np.r_[0.0, row]) * 10.0 ** rng.uniform(-3, 0) for row in rng.uniform(0.5, 1.5, (12, 4))]
     plans = [tuple(int(v) for v in rng.integers(0, 5, 12)) for _ in range(80)]
