@@ -20,7 +20,7 @@ import torch
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import folders, load, save
+from common import folders, give_back, load, save
 from problems import PROBLEMS, Setting, make, one
 
 from autocompress.types import Plan
@@ -133,6 +133,7 @@ def main() -> None:
                     continue
                 setting = setting or make(PROBLEMS[name], args.data)
                 row, plan = one(setting, controller, seed, args.seconds)
+                give_back()
                 row = {"problem": name, **row}
                 if plan is not None:
                     values = held_out(setting, plan)
