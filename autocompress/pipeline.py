@@ -294,7 +294,8 @@ class _Run:
             if not self.limited:
                 return  # nothing says how cheap a plan should be, so there is no best one to climb from
             known = [e for rung in RUNGS for e in self.front.evaluations(rung)]
-            climb = Polish(self.made.space, self.made.costs, self.budgets, self.request.seed, known)
+            errors = level_errors(self.made.database)
+            climb = Polish(self.made.space, self.made.costs, self.budgets, self.request.seed, known, errors)
             limit = max(4, self._limit() // POLISH_SHARE)
             run_search(
                 climb,

@@ -15,11 +15,13 @@ from autocompress.search.base import Asking, fitness
 from autocompress.search.evolution import Evolution
 from autocompress.search.surrogate import refine
 from autocompress.search.tables import FloatArray
-from autocompress.types import Budget, Costs, Evaluation, Fidelity, Plan, Query, SearchSpace
+from autocompress.types import Budget, Costs, Evaluation, Fidelity, LevelErrors, Plan, Query, SearchSpace
 
 
 class Polish(Evolution):
-    """Hill climbing at ``rung`` under the budgets' limits on costs; ``known``: all evaluations of the search before it.
+    """Hill climbing at ``rung`` under the budgets' limits on costs.
+
+    ``known``: all evaluations of the search before it; ``errors``: the output errors of levels that it was told.
 
     Not a controller of its own: it needs plans that were judged at ``rung`` to start from, and is over when there are none
     within the limits.
@@ -34,11 +36,12 @@ class Polish(Evolution):
         budgets: Sequence[Budget],
         seed: int,
         known: Sequence[Evaluation],
+        errors: LevelErrors | None = None,
         rung: Fidelity = "refitted",
     ) -> None:
         self.raced = rung
         super().__init__(space, costs, budgets, seed)
-        self.learn(known)
+        self.learn(known, errors)
 
     def _search(self) -> Asking:
         self._prepare()
@@ -61,19 +64,16 @@ class Polish(Evolution):
                 yield from self._climb(children)
 
     def _prior(self) -> FloatArray:
-        """One-site losses that the search measured, scaled to what is left of a loss after refit."""
+        """One-site losses that the search measured or was told, scaled to what plans lose after refit."""
         slices = [e for e in self.known if e.fidelity == "slice"]
         dense = {e.part: fitness(e) for e in slices if not any(e.plan) and np.isfinite(fitness(e))}  # on each slice
         for e in slices:
             if sum(level > 0 for level in e.plan) == 1:
                 self.one_site.record(e.plan, fitness(e) - dense.get(e.part, self._zero()))
-        ratios = [
-            fitness(e) / fitness(self.seen["full", plan])
-            for (rung, plan), e in self.seen.items()
-            if rung == self.raced and ("full", plan) in self.seen and fitness(self.seen["full", plan]) > 0
-        ]
-        finite = [r for r in ratios if np.isfinite(r)]
-        scaled: FloatArray = self.one_site.losses() * (float(np.median(finite)) if finite else 1.0)
+        losses = self.one_site.losses()
+        sums = [(fitness(e), float(losses[self.tables.current(e.plan)].sum())) for e in self._finite(self.raced)]
+        ratios = [max(loss, 0.0) / total for loss, total in sums if total > 0]
+        scaled: FloatArray = losses * (float(np.median(ratios)) if ratios else 1.0)
         return scaled
 
     def _climb(self, children: list[Plan]) -> Generator[list[Query], list[Evaluation], None]:
