@@ -75,7 +75,7 @@ def test_a_search_goes_on_until_plans_hold_as_measured(tmp_path: Path, monkeypat
     path = tmp_path / "local.json"
     request = Request(
         task="digits",
-        budgets=("latency_ms<=60%@local", "size_mb<=30%"),
+        budgets=("latency_ms<=50%@local", "size_mb<=30%"),
         evaluations=60,
         recover_minutes=0,
         profiles={"local": str(path)},
@@ -92,12 +92,14 @@ def test_a_search_goes_on_until_plans_hold_as_measured(tmp_path: Path, monkeypat
         run._search(run.field[0], run.budgets)
         run._refit()
         first = run._timed(run._chosen())
-        assert sum(run._holds(d) for d in first) < pipeline.RECOVERED
+        held = sum(run._holds(d) for d in first)
+        assert held < len(first), "some were predicted to hold and do not"
+        monkeypatch.setattr(pipeline, "RECOVERED", held + 1)  # too few, however many a good search has found
         before = {e.plan: e.costs[LOCAL] for e in run.front.evaluations("full")}
         found = run._correct(first)
     finally:
         run.close()
-    assert sum(run._holds(d) for d in found) >= pipeline.RECOVERED
+    assert sum(run._holds(d) for d in found) > held
     assert any("corrected profile" in note for note in run.notes)
     assert any(e.costs[LOCAL] != before.get(e.plan, e.costs[LOCAL]) for e in run.front.evaluations("full"))
 
