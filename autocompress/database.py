@@ -125,32 +125,20 @@ class LevelDatabase:
         total = len(chunks) + 1 + self.by_gradients
         for done, names in enumerate(chunks):
             self._checkpoint(progress, cancelled, done, total)
-            path = self.folder / f"gram_{done:03d}.safetensors"
-            if not path.exists():
-                self.save(path, self._measure_grams(names))
-            self._grams.update(self.load(path))
+            self._grams |= self.kept(f"gram_{done:03d}", lambda names=names: self._measure_grams(names))  # type: ignore[misc]
         self._checkpoint(progress, cancelled, len(chunks), total)
         stem = f"{self.importance}{'_data_free' * self.data_free}"
         plain = [group for group in self.graph.groups if not group.carried]
-        self._orders = self._kept_orders(self.folder / f"orders_{stem}.safetensors", plain)
+        self._orders = self._kept_orders(f"orders_{stem}", plain)
         if widths := [g for g in self.graph.groups if g.carried and f"channels:{g.name}" in self._site]:
-            self._orders |= self._kept_orders(self.folder / f"widths_{stem}.safetensors", widths)
-            path = self.folder / "energy.safetensors"
-            if not path.exists():
-                self.save(path, self._measure_energy() or {"none": torch.zeros(0)})
-            self._energy = self.load(path)
+            self._orders |= self._kept_orders(f"widths_{stem}", widths)
+            self._energy = self.kept("energy", self._measure_energy)
         if self._readers:
-            path = self.folder / f"orders_{stem}_inputs.safetensors"
-            found = self._kept_orders(path, tuple(self._readers.values()))
+            found = self._kept_orders(f"orders_{stem}_inputs", tuple(self._readers.values()))
             self._orders |= {f"inputs:{name}": order for name, order in found.items()}
         if self.by_gradients:
             self._checkpoint(progress, cancelled, total - 1, total)
-            path = self.folder / f"fisher_{FISHER_IMAGES}.safetensors"
-            if not path.exists():
-                module, batches = self.graph.module, self._labelled(FISHER_IMAGES)
-                weights = {name: cast(Tensor, module.get_submodule(name).weight) for name in self.graph.layers}
-                self.save(path, block_moments(module, weights, batches, self.task.loss))
-            self._fisher = self.load(path)
+            self._fisher = self.kept(f"fisher_{FISHER_IMAGES}", self._measure_fisher)
         if progress:
             progress(total, total)
 
@@ -163,7 +151,14 @@ class LevelDatabase:
         if cancelled and cancelled():
             raise Cancelled("Stopped while building the level database; the same command continues there.")
 
-    def save(self, path: Path, tensors: dict[str, Tensor]) -> None:
+    def kept(self, stem: str, measure: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors by name from a file of this database; measured where it is not there yet."""
+        path = self.folder / f"{stem}.safetensors"
+        if not path.exists():
+            self._save(path, measure() or {"none": torch.zeros(0)})  # an empty file would not be one
+        return {name: tensor for name, tensor in self._load(path).items() if name != "none" or len(tensor)}
+
+    def _save(self, path: Path, tensors: dict[str, Tensor]) -> None:
         def write(temporary: Path) -> None:
             try:
                 save_file(tensors, temporary)
@@ -172,7 +167,7 @@ class LevelDatabase:
 
         write_atomically(path, write)
 
-    def load(self, path: Path) -> dict[str, Tensor]:
+    def _load(self, path: Path) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except Exception as error:
@@ -249,12 +244,18 @@ class LevelDatabase:
                 handle.remove()
         return {name: share / share.sum().clamp_min(1e-30) for name, share in shares.items()}
 
-    def _kept_orders(self, path: Path, groups: Sequence[Group]) -> dict[str, npt.NDArray[np.int64]]:
+    def _measure_fisher(self) -> dict[str, Tensor]:
+        module, batches = self.graph.module, self._labelled(FISHER_IMAGES)
+        weights = {name: cast(Tensor, module.get_submodule(name).weight) for name in self.graph.layers}
+        return block_moments(module, weights, batches, self.task.loss)
+
+    def _kept_orders(self, stem: str, groups: Sequence[Group]) -> dict[str, npt.NDArray[np.int64]]:
         """Channel positions of each group, most important first; measured where they are not on disk yet."""
-        if not path.exists():
-            orders = {name: torch.from_numpy(order) for name, order in self._measure_orders(groups).items()}
-            self.save(path, orders or {"none": torch.zeros(0)})
-        return {name: order.numpy() for name, order in self.load(path).items()}
+
+        def measure() -> dict[str, Tensor]:
+            return {name: torch.from_numpy(order) for name, order in self._measure_orders(groups).items()}
+
+        return {name: order.numpy() for name, order in self.kept(stem, measure).items()}
 
     def _measure_orders(self, groups: Sequence[Group]) -> dict[str, npt.NDArray[np.int64]]:
         if self.importance == "obs":

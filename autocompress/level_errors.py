@@ -17,6 +17,7 @@ from autocompress.blocks import Block
 from autocompress.database import LevelDatabase
 from autocompress.gram import columns_of
 from autocompress.graph import Layer
+from autocompress.search.tables import switch
 from autocompress.types import LevelErrors, Plan
 
 EXAMPLES = 8
@@ -28,11 +29,12 @@ def level_errors(database: LevelDatabase) -> LevelErrors:
 
     Made once a space and kept beside the Gram matrices.
     """
-    path = database.folder / f"errors_{database.space.hash}.safetensors"
-    if not path.exists():
-        found = {str(site): torch.tensor(errors, dtype=torch.float64) for site, errors in _measured(database)}
-        database.save(path, found or {"none": torch.zeros(0)})
-    return {int(site): tuple(row.tolist()) for site, row in database.load(path).items() if site != "none"}
+
+    def measure() -> dict[str, Tensor]:
+        return {str(site): torch.tensor(errors, dtype=torch.float64) for site, errors in _measured(database)}
+
+    found = database.kept(f"errors_{database.space.hash}", measure)
+    return {int(site): tuple(row.tolist()) for site, row in found.items()}
 
 
 def _measured(database: LevelDatabase) -> Iterator[tuple[int, list[float]]]:
@@ -45,7 +47,7 @@ def _measured(database: LevelDatabase) -> Iterator[tuple[int, list[float]]]:
         elif where.kind == "channels":
             readers = [graph.layers[name] for name in where.members if name in graph.layers]
             readers = [layer for layer in readers if not layer.depthwise and database.gram(layer.name) is not None]
-            plans = [(*space.dense[:site], level, *space.dense[site + 1 :]) for level in range(1, len(levels))]
+            plans = [switch(space.dense, site, level) for level in range(1, len(levels))]
             lost = [sum(_lost(database, plan, r) * inside.get(r.node, 1.0) for r in readers) for plan in plans]
             if any(lost):
                 yield site, [0.0, *lost]
