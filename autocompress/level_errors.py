@@ -1,9 +1,10 @@
 """What the levels of channels and blocks do to the outputs behind them: a first guess of what plans lose, before any is judged.
 
 Layers that read removed channels lose ``|W x - W' x'|^2 / Var(W x)``, where ``W'`` is the refit on the channels that are left:
-all of it is in the Gram matrices, so that no example is run. Inside a residual branch an error counts by the share that the
-branch has of the sum, ``|branch|^2 / |skip + branch|^2``, and a dropped block costs that share. Methods of single layers have no
-such guess here: it would take making every level.
+all of it is in the Gram matrices, so that no example is run. Where channels are made and read within one residual branch, the
+error counts by the share that the branch has of the sum, ``|branch|^2 / |skip + branch|^2``, and a dropped block costs that
+share. Channels of the stream itself are lost to all that comes after, so that every reader's error counts whole. Methods of
+single layers have no such guess here: it would take making every level.
 """
 
 from __future__ import annotations
@@ -33,22 +34,23 @@ def level_errors(database: LevelDatabase) -> LevelErrors:
     def measure() -> dict[str, Tensor]:
         return {str(site): torch.tensor(errors, dtype=torch.float64) for site, errors in _measured(database)}
 
-    found = database.kept(f"errors_{database.space.hash}", measure)
+    found = database.kept(f"output_errors_{database.space.hash}", measure)
     return {int(site): tuple(row.tolist()) for site, row in found.items()}
 
 
 def _measured(database: LevelDatabase) -> Iterator[tuple[int, list[float]]]:
     space, graph = database.space, database.graph
     shares = _shares(database)
-    inside = {node: shares[block.name] for block in graph.blocks for node in block.body}
     for site, (where, levels) in enumerate(zip(space.sites, space.levels, strict=True)):
         if where.kind == "block":
             yield site, [0.0, *(shares[where.name.removeprefix("block:")] for _ in levels[1:])]
         elif where.kind == "channels":
             readers = [graph.layers[name] for name in where.members if name in graph.layers]
             readers = [layer for layer in readers if not layer.depthwise and database.gram(layer.name) is not None]
+            nodes = {graph.layers[name].node for name in where.members if name in graph.layers}
+            share = next((shares[block.name] for block in graph.blocks if nodes <= set(block.body)), 1.0)
             plans = [switch(space.dense, site, level) for level in range(1, len(levels))]
-            lost = [sum(_lost(database, plan, r) * inside.get(r.node, 1.0) for r in readers) for plan in plans]
+            lost = [share * sum(_lost(database, plan, reader) for reader in readers) for plan in plans]
             if any(lost):
                 yield site, [0.0, *lost]
 

@@ -12,7 +12,7 @@ from autocompress.costs import CostModel
 from autocompress.database import LevelDatabase
 from autocompress.evaluate import Measurer, ModelEvaluator
 from autocompress.graph import trace
-from autocompress.level_errors import level_errors
+from autocompress.level_errors import _lost, level_errors
 from autocompress.pairing import tapped
 from autocompress.search import CONTROLLERS
 from autocompress.space import make_space
@@ -61,6 +61,16 @@ def test_errors_are_those_of_the_network(database: LevelDatabase) -> None:
             variance = (want - want.mean((0, 2, 3), keepdim=True)).square().sum()
             share = want.square().sum() / total.square().sum()
             assert error == pytest.approx(float((got - want).square().sum() / variance * share), rel=0.15, abs=1e-6)
+
+
+def test_what_the_stream_loses_counts_whole(database: LevelDatabase) -> None:
+    """Also for readers inside a branch: channels of the stream are gone for all that comes after."""
+    site, graph, space = site_of(database, "channels:conv1"), database.graph, database.space
+    plan = (*space.dense[:site], 1, *space.dense[site + 1 :])
+    readers = [graph.layers[n] for n in space.sites[site].members if database.gram(n) is not None]
+    errors = [_lost(database, plan, reader) for reader in readers]
+    assert sum(e > 0 for e in errors) > 1, "several layers read the stream"
+    assert level_errors(database)[site][1] == pytest.approx(sum(errors))
 
 
 def test_levels_only_add_and_single_layers_have_none(database: LevelDatabase) -> None:

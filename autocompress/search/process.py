@@ -8,7 +8,8 @@ levels between them, levels of different methods as far as both are from dense. 
 counts, too: what a format costs in one layer tells of the others. Its length scale and its noise are the likeliest.
 
 Where output errors of levels are known, half of a squared distance is in their roots: levels that do little are near each other.
-And the mean is then a line in the root of a plan's summed errors, by generalized least squares.
+And the mean is then a line in the root of a plan's summed errors, by generalized least squares; where a process of another rung
+is known, in its roots as well (autoregressive cokriging; Kennedy & O'Hagan 2000).
 """
 
 from __future__ import annotations
@@ -37,9 +38,19 @@ Observations = Sequence[Mapping[Plan, float]]
 
 
 class Process:
-    """``orders``: levels of each site from the costliest to the most saving; ``errors``: output errors of levels."""
+    """``orders``: levels of each site from the costliest to the most saving; ``errors``: output errors of levels.
 
-    def __init__(self, space: SearchSpace, orders: Sequence[Sequence[int]], errors: LevelErrors | None = None) -> None:
+    ``below``: the process of what plans lose at a cheaper rung.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        orders: Sequence[Sequence[int]],
+        errors: LevelErrors | None = None,
+        below: Process | None = None,
+    ) -> None:
+        self.below = below
         scales = [_scales(space, site, order) for site, order in enumerate(orders)]
         self.codes = [_thermometer(n, found) for n, found in zip(space.n_levels, scales, strict=True)]
         self.common = _common(space, scales, self.codes)
@@ -86,13 +97,17 @@ class Process:
         return _square(root), _square(root - spread)
 
     def _basis(self, plans: Sequence[Plan]) -> FloatArray:
-        """What the mean is made of: one, and the root of a plan's summed errors where some are known.  # (n_plans, 1 or 2)"""
-        ones = np.ones((len(plans), 1))
-        if not self.errors:
-            return ones
-        chosen = np.asarray(plans, np.int64).reshape(len(plans), -1)
-        total = np.sum([row[chosen[:, site]] for site, row in self.errors.items()], axis=0)
-        return np.column_stack([ones, np.sqrt(total)])
+        """What the mean is made of: one, and what is known of the roots of a plan's errors and of its loss at the rung below.
+
+        # (n_plans, 1 to 3)
+        """
+        columns = [np.ones(len(plans))]
+        if self.errors:
+            chosen = np.asarray(plans, np.int64).reshape(len(plans), -1)
+            columns.append(np.sqrt(np.sum([row[chosen[:, site]] for site, row in self.errors.items()], axis=0)))
+        if self.below is not None:
+            columns.append(np.sqrt(np.maximum(self.below.predict(plans)[0], 0)))
+        return np.column_stack(columns)
 
     def _coded(self, plans: Sequence[Plan]) -> FloatArray:
         chosen = np.asarray(plans, np.int64).reshape(len(plans), -1)
