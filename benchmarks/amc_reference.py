@@ -1,7 +1,7 @@
 """AMC's own code beside our searches: same network, images and CPU time, at the MACs that AMC's best network has.
 
-python benchmarks/amc_reference.py --amc DIR [--data DIR] [--seeds 0 1 2] [--seconds 180]; resumable row by row. DIR is a checkout
-of https://github.com/mit-han-lab/amc (measured with 65363c8), of which nothing is copied here and nothing is changed:
+python benchmarks/amc_reference.py --amc DIR [--data DIR] [--seeds 0 1 2] [--seconds 180] [--preserve 0.5]; resumable row by
+row. DIR is a checkout of https://github.com/mit-han-lab/amc (measured with 65363c8), of which nothing is copied or changed:
 ``amc_search.py`` runs in a process of its own behind ``amc_runner.py``, first to search, then with ``--job export`` to write
 the best network. What is pruned is ``mobilenet.py``, as the release handles no other kind of network.
 
@@ -118,8 +118,9 @@ def macs_of(model: nn.Module, task: Task) -> float:
 # ---------------------------------------------------------------- the release
 
 
-def reference(problem: Problem, checkout: Path, seed: int, seconds: float) -> tuple[dict[str, Any], nn.Module]:
+def reference(problem: Problem, args: argparse.Namespace, seed: int) -> tuple[dict[str, Any], nn.Module]:
     """Search with AMC's code, then let it write its best network; that network."""
+    checkout, seconds = args.amc.resolve(), args.seconds
     task = problem.task
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -128,7 +129,7 @@ def reference(problem: Problem, checkout: Path, seed: int, seconds: float) -> tu
         torch.save(task.model.state_dict(), folder / "network.pth")
         command = f"""{OPTIONS} --ckpt_path {folder / "network.pth"} --data_bsize {BATCH} --seed {seed}
             --n_calibration_batches {len(task.calibration) // BATCH}"""
-        lines = run(checkout, folder, seconds, f"{command} --preserve_ratio {PRESERVE} --output {folder}")
+        lines = run(checkout, folder, seconds, f"{command} --preserve_ratio {args.preserve} --output {folder}")
         channels = [
             ast.literal_eval(line.split("primes: ")[1].split("]")[0] + "]") for line in lines if "primes" in line
         ]
@@ -228,6 +229,7 @@ def main() -> None:
     parser.add_argument("--searches", nargs="*", choices=SEARCHES, default=SEARCHES)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--seconds", type=float, default=SECONDS)
+    parser.add_argument("--preserve", type=float, default=PRESERVE, help="share of the MACs the release may keep")
     args = parser.parse_args()
     if not (args.amc / "amc_search.py").is_file():
         raise UsageError(
@@ -240,17 +242,18 @@ def main() -> None:
 def rows(args: argparse.Namespace, problem: Problem) -> None:
     dense = macs_of(problem.task.model, problem.task)
     keep("original", {"search": "original", "macs": round(dense), **problem.judged(problem.task.model)}, dense)
+    limit = "" if args.preserve == PRESERVE else f", {args.preserve:.0%}"
     for seed in args.seeds:
-        key = f"released {seed}"
+        key = f"released {seed}{limit}"
         if key not in load(NAME):
-            row, model = reference(problem, args.amc.resolve(), seed, args.seconds)
+            row, model = reference(problem, args, seed)
             macs = round(macs_of(model, problem.task))
             keep(key, {**row, "seed": seed, "macs": macs, **problem.judged(model)}, dense)
         released = load(NAME)[key]
-        if (key := f"widths {seed}") not in load(NAME):
+        if (key := f"widths {seed}{limit}") not in load(NAME):
             keep(key, {"seed": seed, **their_widths(problem, released["widths"], released["macs"])}, dense)
         for search in args.searches:
-            if (key := f"{search} {seed}") not in load(NAME):
+            if (key := f"{search} {seed}{limit}") not in load(NAME):
                 row = ours(problem, search, seed, args.seconds, released["macs"])
                 keep(key, {"seed": seed, **row}, dense)
 
