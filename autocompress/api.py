@@ -74,10 +74,10 @@ class Result:
         ``pick``: ``knee``, ``fastest``, ``best``, ``smallest``, a plan's id or a limit like ``latency_ms<=4``; default:
         the best plan under the run's budgets. Raises ``VerificationError`` when the file does not compute the plan.
         """
-        from autocompress import devices, pipeline
+        from autocompress import devices, finished
 
         devices.check_limit(self.result, pick or "best")
-        written = pipeline.export(self.folder, pick or "best", Path(path), task=self.task)
+        written = finished.export(self.folder, pick or "best", Path(path), task=self.task)
         return Path(written["onnx"])
 
     def predict(self, profile: str | Path, name: str | None = None) -> Result:

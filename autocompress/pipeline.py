@@ -8,27 +8,22 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from autocompress.deliver import LEDGER_START, LOCAL, Delivery, certified, choose, replay_command, timed
+from autocompress.deliver import LEDGER_START, LOCAL, Delivery, certified, replay_command, timed
 from autocompress.diagnose import diagnose
 from autocompress.errors import BudgetUnmet, Cancelled, InfeasibleBudget, StoreError, UsageError, VerificationError
-from autocompress.evaluate import Measurer, ModelEvaluator
 from autocompress.files import make_folder, write_text
 from autocompress.hwprofiles import recalibrated
 from autocompress.inherit import uninherited
 from autocompress.ledger import JobLedger, NoLedger, Shared, Start, started
 from autocompress.level_errors import level_errors
-from autocompress.models import Models
-from autocompress.precision import allowed
-from autocompress.prepare import Prepared, prepare, recovery_of
+from autocompress.opened import open_run
 from autocompress.report import make_result
 from autocompress.results import Diagnosis, JobResult, LedgerRow, Progress, RaceEntry, Request
 from autocompress.search import CONTROLLERS, ParetoFront, Polish, Racer, check_feasible, racers, run_race
@@ -47,7 +42,7 @@ from autocompress.types import (
     Plan,
     Query,
 )
-from autocompress.verify import BudgetCheck, Certificate, certificate_of
+from autocompress.verify import BudgetCheck, Certificate
 from autocompress.where import Where
 from autocompress.workers import LocalWorkers, Opening, RayWorkers, workers_of
 
@@ -175,35 +170,15 @@ class _Run:
     # ------------------------------------------------------------ steps
 
     def _prepare(self) -> None:
-        self.made: Prepared = prepare(self.request, self.out, self.given_task, self.stages, self.cancelled)
-        made = self.made
-        self.notes += made.notes
-        self.budgets = [b.absolute(made.dense_costs) for b in map(Budget.parse, self.request.budgets)]
+        opened = open_run(self.request, self.out, self.given_task, self.stages, self.cancelled, self.own)
+        self.made, self.models, self.evaluator = opened.made, opened.models, opened.evaluator
+        self.request, self.budgets = opened.request, opened.budgets
         self.limited = any(not METRICS[b.metric].quality for b in self.budgets)
-        recovery = recovery_of(self.request, made, self.out)
-        self.request = self.request.model_copy(update={"recover_steps": recovery.steps if recovery else 0})
-        write_text(self.out / "request.json", self.request.model_dump_json(indent=1))
-        where, told = allowed(made.database, self.request.device, self.request.precision, self.request.seed)
-        self.notes += [told] if told else []
-        self.evaluator = ModelEvaluator(
-            made.database,
-            made.costs,
-            self.budgets,
-            self.own,
-            threads=torch.get_num_threads(),
-            measurer=Measurer(made.database, where=where),
-        )
-        self.models = Models(
-            made.database,
-            self.out / "models",
-            recovery,
-            self.evaluator.measurer.reference,
-            self.cancelled,
-            self._distilling,
-        )
-        self.evaluator.measurer.build, self.evaluator.recovery_key = self.models.deployed, self.models.recovery_key
+        self.notes += opened.notes
+        self.models.on_step = self._distilling
         if self.request.workers is not None:
-            opening = Opening.of(made.database, self.request, self.models.folder, torch.get_num_threads(), where)
+            where = self.evaluator.measurer.where
+            opening = Opening.of(self.made.database, self.request, self.models.folder, torch.get_num_threads(), where)
             self.evaluator.workers = self.workers = workers_of(self.request.workers, opening)
         cost = next((b.key for b in self.budgets if not METRICS[b.metric].quality), LOCAL)
         self.front = ParetoFront([Objective("loss"), Objective(cost)])
@@ -574,55 +549,3 @@ def _short(evaluation: Evaluation, front: ParetoFront) -> str:
     key = front.objectives[-1].key
     metric = METRICS[key.partition("@")[0]]
     return f"{evaluation.costs[key]:.4g} {metric.unit or metric.name}"
-
-
-def export(
-    folder: Path,
-    pick: str,
-    out: Path | None = None,
-    *,
-    task: Task | None = None,
-    progress: Callable[[Progress], None] | None = None,
-    cancelled: Callable[[], bool] | None = None,
-) -> dict[str, Any]:
-    """Write one plan of a finished run as a verified ONNX file; see :func:`deliver.choose` for ``pick``.
-
-    Returns ``onnx``, ``certificate`` and ``statements``. Raises :class:`UsageError` when the run has no such plan.
-    """
-    try:
-        result = JobResult.model_validate_json((folder / "result.json").read_bytes())
-    except OSError as error:
-        raise UsageError(f"{folder} holds no result.json; run the job first.") from error
-    except ValueError as error:
-        raise StoreError(
-            f"{folder / 'result.json'} is damaged or was written by another version of AutoCompress; run the job again."
-        ) from error
-    request = result.request
-    if request is None:
-        raise UsageError(f"{folder / 'result.json'} does not say what was asked; run the job again.")
-    stages = Stages(progress)
-    torch.set_num_threads(request.threads or len(os.sched_getaffinity(0)))
-    point = choose(result, pick)
-    run = _Run(request.model_copy(update={"workers": None}), folder, task, None, stages, cancelled)
-    run._prepare()
-    path = out or folder / f"{point.id}.onnx"
-    make_folder(path.parent)
-    plan = run.made.space.plan_from_json(point.levels)
-    evaluation = Evaluation(plan, point.fidelity, point.values, point.costs, point.violation)
-    again = shlex.join(["autocompress", "export", str(folder), "--pick", point.id, "--out", str(path)])
-    replay = f"{replay_command(request, folder, result.evaluations, result.race)} && {again}"
-    with stages.at("export", point.id):
-        ledger = result.ledger.hash if result.ledger else Start().hash
-        delivered = certified(
-            evaluation, run.models, run.made, path, request, replay, ledger, lambda: stages.at("verify")
-        )
-    return {
-        "onnx": str(path),
-        "certificate": str(certificate_of(path)),
-        "plan": point.id,
-        "holds": delivered.holds,
-        "statements": list(delivered.statements),
-    }
-
-
-__all__ = ["compress", "export"]

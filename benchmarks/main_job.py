@@ -19,7 +19,8 @@ from common import folders, load, save
 from autocompress.errors import BudgetUnmet
 from autocompress.evaluate import forward
 from autocompress.files import cache_dir
-from autocompress.pipeline import _Run, compress
+from autocompress.opened import Opened, open_run
+from autocompress.pipeline import compress
 from autocompress.results import METHOD_FAMILIES, JobResult, Request
 from autocompress.service.store import JobStore
 from autocompress.stages import Stages
@@ -49,7 +50,7 @@ COLUMNS = [
 ]
 
 
-def accuracy(run: _Run, plan: tuple[int, ...], rung: str) -> float:
+def accuracy(run: Opened, plan: tuple[int, ...], rung: str) -> float:
     """Top-1 in percent on the report split."""
     task = run.made.task
     model = run.models.deployed(plan, rung)  # type: ignore[arg-type]
@@ -84,9 +85,8 @@ def one(key: str, args: argparse.Namespace) -> dict[str, object]:
             print(error)
             result = JobResult.model_validate_json((out / "result.json").read_text())
     cpu = time.process_time() - cpu
-    run = _Run(request, out, None, None, Stages(None), None)
     torch.set_num_threads(1)
-    run._prepare()
+    run = open_run(request, out, None, Stages(None))
     certificate = json.loads((out / "certificate.json").read_text())
     points = [p for p in result.points if p.id == (result.best or result.points[0].id)]
     plan = run.made.space.plan_from_json(points[0].levels)

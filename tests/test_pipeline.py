@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import autocompress.deliver as deliver
-from autocompress import api, pipeline
+from autocompress import api, finished, pipeline
 from autocompress.errors import (
     AutoCompressError,
     BudgetUnmet,
@@ -145,7 +145,7 @@ def test_a_second_run_pays_for_nothing_and_a_point_can_be_exported(
     assert result.request is not None
     again = api.run(result.request, out).result
     assert points(again) == points(result) and again.best == result.best
-    written = pipeline.export(out, "smallest", out / "small.onnx")
+    written = finished.export(out, "smallest", out / "small.onnx")
     assert Path(written["onnx"]).exists() and written["plan"] in {p.id for p in result.points}
 
 
@@ -369,9 +369,9 @@ def test_after_a_missed_limit_comes_a_plan_with_room() -> None:
 def test_damaged_files_are_sentences(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text("{")
     with pytest.raises(AutoCompressError):
-        pipeline.export(tmp_path, "best")
+        finished.export(tmp_path, "best")
     with pytest.raises(UsageError, match="run the job first"):
-        pipeline.export(tmp_path / "nothing", "best")
+        finished.export(tmp_path / "nothing", "best")
 
 
 @pytest.mark.slow

@@ -164,10 +164,10 @@ def export(
     found = find(job, store)
     result = found.need_result()
     with quiet_stdout(), StageProgress() as progress:
-        from autocompress import devices, pipeline
+        from autocompress import devices, finished
 
         devices.check_limit(result, pick)
-        written = pipeline.export(found.folder, pick, out_file, progress=progress)
+        written = finished.export(found.folder, pick, out_file, progress=progress)
     if as_json:
         print_json(written)
         return

@@ -40,7 +40,7 @@ def run_job(store: JobStore, job: Job, progress: Callable[[Progress], None], can
     """What a job asks for, by the pipeline. A job's ledger is its own and starts empty, or as the job says (determinism)."""
     if job.kind not in ("compress", "export"):
         raise UsageError(f"A worker runs jobs of kind compress and export, got {job.kind!r}.")
-    from autocompress import pipeline
+    from autocompress import finished, pipeline
 
     if job.kind == "compress":
         request = Request.model_validate(job.request)
@@ -54,7 +54,7 @@ def run_job(store: JobStore, job: Job, progress: Callable[[Progress], None], can
         )
     source = store.get(job.request["job"])
     out = Path(job.request["out"]) if job.request["out"] else job.folder / "model.onnx"
-    return pipeline.export(source.folder, job.request["pick"], out, progress=progress, cancelled=cancelled)
+    return finished.export(source.folder, job.request["pick"], out, progress=progress, cancelled=cancelled)
 
 
 def work(
