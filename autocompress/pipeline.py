@@ -60,7 +60,7 @@ CERTIFIED = 3
 """How many plans may be written and timed again until one holds its budgets on costs."""
 REACH = 3.0
 """A quality budget that is missed by so many points (or times its limit) may come within reach by distillation."""
-POLISH_SHARE = 12
+POLISH_SHARE = 10
 """One evaluation in so many is spent again after refit, climbing from the best plans."""
 SEARCHED: tuple[Fidelity, ...] = ("slice", "full")
 """Rungs of the search; what is known there from earlier jobs belongs to the front."""
