@@ -45,10 +45,10 @@ def _measured(database: LevelDatabase) -> Iterator[tuple[int, list[float]]]:
         if where.kind == "block":
             yield site, [0.0, *(shares[where.name.removeprefix("block:")] for _ in levels[1:])]
         elif where.kind == "channels":
-            readers = [graph.layers[name] for name in where.members if name in graph.layers]
-            readers = [layer for layer in readers if not layer.depthwise and database.gram(layer.name) is not None]
-            nodes = {graph.layers[name].node for name in where.members if name in graph.layers}
-            share = next((shares[block.name] for block in graph.blocks if nodes <= set(block.body)), 1.0)
+            layers = [graph.layers[name] for name in where.members if name in graph.layers]
+            readers = [layer for layer in layers if not layer.depthwise and database.gram(layer.name) is not None]
+            nodes = {layer.node for layer in layers}
+            share = next((shares[block.name] for block in graph.blocks if nodes <= block.body), 1.0)
             plans = [switch(space.dense, site, level) for level in range(1, len(levels))]
             lost = [share * sum(_lost(database, plan, reader) for reader in readers) for plan in plans]
             if any(lost):

@@ -10,18 +10,20 @@ import torch
 
 from autocompress.evaluate import Measurer, ModelEvaluator
 from autocompress.files import write_text
-from autocompress.ledger import NoLedger
 from autocompress.models import Models
 from autocompress.precision import allowed
 from autocompress.prepare import Prepared, Ticker, prepare, recovery_of
 from autocompress.results import Request
 from autocompress.tasks import Task
-from autocompress.types import Budget, Ledger
+from autocompress.types import Budget
 
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """``request``: with its steps of recovery; ``budgets``: absolute; ``notes``: sentences for whoever reads the results."""
+    """``request``: with its steps of recovery; ``budgets``: absolute; ``notes``: sentences for whoever reads the results.
+
+    The evaluator has no ledger yet.
+    """
 
     request: Request
     made: Prepared
@@ -37,7 +39,6 @@ def open_run(
     task: Task | None,
     stages: Ticker,
     cancelled: Callable[[], bool] | None = None,
-    ledger: Ledger | None = None,
 ) -> Opened:
     """Prepare a request in the folder ``out``, or find there what was prepared before; request.json comes to lie there."""
     made = prepare(request, out, task, stages, cancelled)
@@ -48,9 +49,7 @@ def open_run(
     where, told = allowed(made.database, request.device, request.precision, request.seed)
     measurer = Measurer(made.database, where=where)
     threads = torch.get_num_threads()
-    evaluator = ModelEvaluator(
-        made.database, made.costs, budgets, ledger or NoLedger(), threads=threads, measurer=measurer
-    )
+    evaluator = ModelEvaluator(made.database, made.costs, budgets, threads=threads, measurer=measurer)
     models = Models(made.database, out / "models", recovery, measurer.reference, cancelled)
     measurer.build, evaluator.recovery_key = models.deployed, models.recovery_key
     return Opened(request, made, budgets, models, evaluator, [*made.notes, *([told] if told else [])])

@@ -170,7 +170,7 @@ class _Run:
     # ------------------------------------------------------------ steps
 
     def _prepare(self) -> None:
-        opened = open_run(self.request, self.out, self.given_task, self.stages, self.cancelled, self.own)
+        opened = open_run(self.request, self.out, self.given_task, self.stages, self.cancelled)
         self.made, self.models, self.evaluator = opened.made, opened.models, opened.evaluator
         self.request, self.budgets = opened.request, opened.budgets
         self.limited = any(not METRICS[b.metric].quality for b in self.budgets)
@@ -269,8 +269,8 @@ class _Run:
             if not self.limited:
                 return  # nothing says how cheap a plan should be, so there is no best one to climb from
             known = [e for rung in RUNGS for e in self.front.evaluations(rung)]
-            errors = level_errors(self.made.database)
-            climb = Polish(self.made.space, self.made.costs, self.budgets, self.request.seed, known, errors)
+            climb = Polish(self.made.space, self.made.costs, self.budgets, self.request.seed)
+            climb.learn(known, level_errors(self.made.database))
             limit = max(4, self._limit() // POLISH_SHARE)
             run_search(
                 climb,

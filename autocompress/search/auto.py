@@ -12,11 +12,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 import numpy as np
 
-from autocompress.search.base import CONTROLLERS, Asking, fitness
+from autocompress.search.base import CONTROLLERS, Asking, Judged, fitness
 from autocompress.search.evolution import Evolution
 from autocompress.search.process import Process
 from autocompress.search.random_ import TINY
@@ -63,19 +63,30 @@ class Auto(Evolution):
         yield from self._bisect(self.one_site.losses())
         limit = self._pick() if self.free else self.targets[0]
         yield from self._judge(self._near(self._parent(limit), limit), "slice", self.parts)
-        idle = quiet = since = 0
-        while idle < self.patience and quiet < self.idle_after:
-            children, gain = self._propose(self._model(), limit)
-            idle = 0 if children else idle + 1
-            quiet = quiet + 1 if gain <= NOISE else 0
-            yield from self._judge(children, "slice", self.parts)
-            since += len(children)
+        since = 0
+        while self._goes_on():
+            since += len((yield from self._generation(limit, self.parts)))
             if since >= self.worth:
                 since = 0
                 yield from self._promote(limit)
             limit = self._pick()
         for limit in self.targets:
             yield from self._promote(limit)
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        self.idle = self.quiet = 0  # generations since a plan was found, and since a gain was in sight
+
+    def _goes_on(self) -> bool:
+        """Whether new plans are still found and gains in sight."""
+        return self.idle < self.patience and self.quiet < self.idle_after
+
+    def _generation(self, limit: IntArray, parts: Iterable[int] = itertools.repeat(0)) -> Judged:
+        """Candidates within a limit, judged at the raced rung."""
+        children, gain = self._propose(self._model(), limit)
+        self.idle = 0 if children else self.idle + 1
+        self.quiet = self.quiet + 1 if gain <= NOISE else 0
+        return (yield from self._judge(children, self.raced, parts))
 
     def _turns(self) -> Iterator[int]:
         """The slices, one after the other."""

@@ -8,53 +8,32 @@ asked, the likeliest and the most promising; the first one is the optimum of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from autocompress.search.auto import NOISE, Auto
+from autocompress.search.auto import Auto
 from autocompress.search.base import Asking, fitness
 from autocompress.search.process import Process
-from autocompress.types import Budget, Costs, Evaluation, Fidelity, LevelErrors, SearchSpace
+from autocompress.types import Fidelity
 
 
 class Polish(Auto):
-    """Climbing at ``rung`` under the budgets' limits on costs.
+    """Climbing at the rung ``refitted`` under the budgets' limits on costs.
 
-    ``known``: all evaluations of the search before it; ``errors``: the output errors of levels that it was told.
-
-    Not a controller of its own: it starts from plans that a search has judged.
+    Not a controller of its own: it starts from the plans of a search, whose evaluations it is told by :meth:`learn`.
     """
 
     offspring = 2
-
-    def __init__(
-        self,
-        space: SearchSpace,
-        costs: Costs,
-        budgets: Sequence[Budget],
-        seed: int,
-        known: Sequence[Evaluation],
-        errors: LevelErrors | None = None,
-        rung: Fidelity = "refitted",
-    ) -> None:
-        self.raced = rung
-        super().__init__(space, costs, budgets, seed)
-        self.learn(known, errors)
+    raced: Fidelity = "refitted"
 
     def _search(self) -> Asking:
         self._prepare()
-        self.pool, goal = None, self.targets[0]
+        self.pool = None
         for evaluation in self.known:
             self.seen[evaluation.fidelity, evaluation.plan] = evaluation
         self.below = super()._model()
         guess = self._solve(self.one_site.losses(), 0, quick=True) if self.errors else None
         if guess is not None:
             yield from self._judge([guess], self.raced)
-        idle = quiet = 0
-        while idle < self.patience and quiet < self.idle_after:
-            children, gain = self._propose(self._model(), goal)
-            idle = 0 if children else idle + 1
-            quiet = quiet + 1 if gain <= NOISE else 0
-            yield from self._judge(children, self.raced)
+        while self._goes_on():
+            yield from self._generation(self.targets[0])
 
     def _model(self) -> Process:
         """The process of the raced rung, on top of that of the search."""

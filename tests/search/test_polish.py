@@ -7,7 +7,7 @@ import pytest
 
 from autocompress.search.polish import Polish
 from autocompress.search.process import Process
-from autocompress.types import Budget, Evaluation, Plan, Query
+from autocompress.types import Budget, Evaluation, LevelErrors, Plan, Query
 from tests.search import toys
 
 SITES, LEVELS = 10, 4
@@ -33,6 +33,11 @@ class Refitted:
         self.plans = [p for p in plans if self.costs.cost([p])[0][0] <= 0.6 * dense]
         self.dense = dense
 
+    def climb(self, known: list[Evaluation], errors: LevelErrors | None = None, seed: int = 0) -> Polish:
+        climb = Polish(SPACE, self.costs, self.budgets, seed)
+        climb.learn(known, errors)
+        return climb
+
     def judged(self, plan: Plan, fidelity: str) -> Evaluation:
         table = self.left if fidelity == "refitted" else self.harm
         loss = float(table[np.arange(SITES), list(plan)].sum())
@@ -50,7 +55,7 @@ class Refitted:
 def test_it_finds_what_is_good_after_refit(seed: int) -> None:
     toy = Refitted(seed)
     known = toy.known()
-    climb, found = Polish(SPACE, toy.costs, toy.budgets, seed, known, toy.errors), list[Evaluation]()
+    climb, found = toy.climb(known, toy.errors, seed), list[Evaluation]()
     while len(found) < 20 and (queries := climb.ask(2)):
         assert all(isinstance(q, Query) and q.fidelity == "refitted" for q in queries)
         answers = [toy.judged(q.plan, "refitted") for q in queries]
@@ -66,7 +71,7 @@ def test_it_finds_what_is_good_after_refit(seed: int) -> None:
 
 def test_it_begins_with_the_optimum_of_output_errors() -> None:
     toy = Refitted(0)
-    climb = Polish(SPACE, toy.costs, toy.budgets, 0, toy.known(), toy.errors)
+    climb = toy.climb(toy.known(), toy.errors)
     (first,) = climb.ask(2)
     assert isinstance(first, Query)
     said = {p: sum(toy.errors[s][v] for s, v in enumerate(p)) for p in (first.plan, *toy.plans)}
@@ -75,7 +80,7 @@ def test_it_begins_with_the_optimum_of_output_errors() -> None:
 
 def test_without_output_errors_it_climbs_from_the_plans_of_the_search() -> None:
     toy = Refitted(0)
-    climb = Polish(SPACE, toy.costs, toy.budgets, 0, toy.known())
+    climb = toy.climb(toy.known())
     for _ in range(5):
         queries = climb.ask(2)
         assert 0 < len(queries) <= 2
